@@ -1,0 +1,141 @@
+"""What is written to disk: one line per round, one per client and round, one summary. Plain types, no torch.
+
+Keys are the contract's (snake_case). `*_s` keys are seconds and are the only ones that may differ between two runs of
+one seed. Files are written so that a reader never sees half of one: a whole file by rename, a line by a single append.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+STATUSES = ("complete", "stopped", "interrupted", "failed")
+
+
+@dataclass(frozen=True)
+class ClientCounts:
+    """What became of the clients of one round."""
+
+    asked: int = 0
+    answered: int = 0
+    refused: int = 0
+    rejected: int = 0
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of rounds.jsonl. Bytes are payload bytes of the round, all clients together; `message_*` the whole messages."""
+
+    round: int
+    accuracy: float
+    loss: float
+    live: int
+    digest: str
+    epsilon_max: float
+    bytes_up: int
+    bytes_down: int
+    message_up: int
+    message_down: int
+    clients: ClientCounts
+    notes: tuple[str, ...] = ()
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """One line of clients.jsonl: enough to recompute every epsilon with another accountant.
+
+    `epsilon` is cumulative over the client's charged steps; `status` is "answered", "refused", "rejected", "failed" or
+    "silent"; `reason` a reply code or the server's ground for rejecting. `steps` counts the steps charged in this round.
+    """
+
+    round: int
+    client: int
+    status: str
+    reason: str
+    nominal_size: int
+    steps: int
+    sample_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    epsilon: float
+    bytes_up: int
+    bytes_down: int
+    message_up: int
+    message_down: int
+    downlink_kind: str = ""
+    compute_s: float | None = None
+
+
+@dataclass
+class Direction:
+    """Totals over the run of one direction. `ratio` is payload / dense float32 of the same messages; below 1 is less."""
+
+    payload: int = 0
+    message: int = 0
+    dense_float32: int = 0
+    by_kind: dict[str, int] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """With the two ratios, null while nothing has travelled."""
+        dense = self.dense_float32
+        return {
+            **asdict(self),
+            "ratio": self.payload / dense if dense else None,
+            "message_ratio": self.message / dense if dense else None,
+        }
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON with non-finite numbers as null (JSON has no word for them)."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {str(k): clean(v) for k, v in item.items()}
+        if isinstance(item, list | tuple):
+            return [clean(v) for v in item]
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        return item
+
+    return json.dumps(clean(value), indent=indent, allow_nan=False)
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Replace `path` in one step; a reader sees the old file or the new one."""
+    blob = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(blob)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def append_lines(path: Path, rows: list[RoundRecord] | list[ClientRecord]) -> None:
+    """Append records as JSON lines in one write."""
+    text = "".join(to_json(asdict(row)) + "\n" for row in rows)
+    with open(path, "ab", buffering=0) as file:
+        file.write(text.encode())
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a JSONL file; a last line without its newline (a crash) is left out."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def keep_rounds(path: Path, last_round: int) -> None:
+    """Drop the lines after `last_round`: what a resumed run will write again."""
+    kept = [row for row in read_lines(path) if row["round"] <= last_round]
+    write_atomically(path, "".join(to_json(row) + "\n" for row in kept))
