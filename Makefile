@@ -56,9 +56,10 @@ $(READY): pyproject.toml
 	@uv=uv; \
 	if ! "$$uv" --version >/dev/null 2>&1; then \
 	    uv=$(BIN)/uv; \
-	    "$$uv" --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv || exit 1; \
+	    "$$uv" --version >/dev/null 2>&1 || $(BIN)/python -m pip install -qq --disable-pip-version-check uv || exit 1; \
 	fi; \
-	"$$uv" pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	if [ -t 2 ]; then quiet=; else quiet=--quiet; fi; \
+	"$$uv" pip install $$quiet --python $(BIN)/python --editable '.[dev]'
 	@echo '$(CURDIR)' > $@
 
 FORCE:
