@@ -1,0 +1,102 @@
+"""Nets by name: one file each, imported only when asked for. `layout` needs no torch for the nets of TABLE.
+
+A new net is one file with `net(spec)` and one line in TABLE; the tests run over the table.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from fed_dpprune.errors import ConfigError
+from fed_dpprune.models import layers
+from fed_dpprune.models.flat import Layout, Tensor
+from fed_dpprune.models.spec import ModelSpec as ModelSpec  # re-exported: the spec belongs to this front door
+from fed_dpprune.models.spec import from_config as from_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TABLE: dict[str, str] = {
+    "mlp": "mlp",
+    "logistic": "logistic",
+    "tanh-cnn": "tanh_cnn",
+    "dp-cnn": "dp_cnn",
+    "resnet20": "resnet20",
+    "wrn16-4": "wrn16_4",
+}
+
+
+def _net(spec: ModelSpec) -> layers.Net:
+    net: layers.Net = importlib.import_module(f"fed_dpprune.models.{TABLE[spec.name]}").net(spec)
+    return net
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError("model.name", f"{name!r} is not a net", f"use one of {', '.join(TABLE)}")
+
+
+def _tensors(spec: ModelSpec) -> tuple[Tensor, ...]:
+    """Parameters of the net, the head marked, nothing frozen."""
+    if spec.name not in TABLE:
+        raise _unknown(spec.name)
+    net = _net(spec)
+    try:
+        tensors = tuple(layers.tensors(net, spec.input_shape))
+    except layers.DoesNotFit as error:
+        raise ConfigError(
+            "model.name and data.dataset", f"{spec.name} does not fit inputs of shape {spec.input_shape} ({error})", "use mlp"
+        ) from None
+    last = net[-1][0] + "."
+    return tuple(replace(tensor, head=tensor.name.startswith(last)) for tensor in tensors)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A pattern matches a tensor by its whole name or by the name of a layer it is in."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
+
+
+def freeze(tensors: tuple[Tensor, ...], patterns: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """The tensors with those marked frozen that a pattern matches (`fc1`, `conv*`, `*.bias`).
+
+    Raises:
+        ConfigError: A pattern matches nothing, or nothing is left to train.
+    """
+    for pattern in patterns:
+        if not any(_matches(tensor.name, pattern) for tensor in tensors):
+            tops = ", ".join(dict.fromkeys(tensor.name.split(".")[0] for tensor in tensors))
+            raise ConfigError("model.freeze-layers", f"{pattern!r} matches no layer", f"the layers are {tops}")
+    frozen = tuple(replace(t, frozen=any(_matches(t.name, p) for p in patterns)) for t in tensors)
+    if all(tensor.frozen for tensor in frozen):
+        raise ConfigError("model.freeze-layers", "freezes the whole net", "leave a layer to train, the head at least")
+    return frozen
+
+
+def layout(spec: ModelSpec) -> Layout:
+    """Names, shapes and order of the net's parameters.
+
+    Raises:
+        ConfigError: Unknown net, a net that does not fit the input, or a freeze pattern that matches nothing.
+    """
+    return Layout(freeze(_tensors(spec), spec.freeze_layers))
+
+
+def build(spec: ModelSpec) -> nn.Module:
+    """The torch module, in eval mode, with values still to be loaded (`vector.load`). Imports torch.
+
+    Parameter names, shapes and order are those of `layout(spec)`; torch's global random state is left as it was.
+
+    Raises:
+        ConfigError: As `layout`.
+    """
+    import torch
+
+    from fed_dpprune.models import modules
+
+    layout(spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return modules.build(_net(spec), spec.input_shape).eval()
