@@ -1,0 +1,72 @@
+"""How much one example may add to the sum: clip factors and the sensitivity they declare. numpy only.
+
+Sources: flat clipping, Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1; per-layer bounds C / sqrt(L), McMahan et al. 2018
+(arXiv 1710.06963), section 3.1; automatic clipping, Bu et al. 2023 (arXiv 2206.07136), AUTO-S with stability 0.01.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fed_dpprune.models.flat import Layout
+
+MODES = ("flat", "per-layer", "automatic")
+STABILITY = 0.01
+# A float32 norm is right to about 3e-7; the factor must never come from a norm below the true one.
+FLOAT32_SLACK = 1e-6
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """The rule that bounds one example's contribution.
+
+    Every mode declares the same sensitivity, `clip_norm`, so the noise on the sum has std noise_multiplier * clip_norm always.
+
+    Attributes:
+        clip_norm: C, the L2 bound on what one example adds to the sum, in gradient units, > 0.
+        mode: `flat` scales the whole live gradient g by min(1, C / |g|); `per-layer` does so tensor by tensor with C / sqrt(L),
+            L the number of live tensors; `automatic` scales every example by C / (|g| + 0.01), small ones up as well.
+
+    Raises:
+        ValueError: clip_norm is not a positive finite number, or the mode is unknown.
+    """
+
+    clip_norm: float
+    mode: str = "flat"
+
+    def __post_init__(self) -> None:
+        """Refuse a bound that bounds nothing."""
+        if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
+            raise ValueError(f"clip_norm {self.clip_norm} is not a positive finite number")
+        if self.mode not in MODES:
+            raise ValueError(f"clipping mode {self.mode!r} is not one of {MODES}")
+
+    def sensitivity(self, layout: Layout) -> float:
+        """L2 distance by which adding or removing one example moves the sum, at most; C in every mode and layout."""
+        return self.clip_norm
+
+    def factors(self, squared_norms: NDArray[np.float64], slack: float = 0.0) -> NDArray[np.float64]:
+        """What to multiply each example's live gradient with, tensor by tensor.
+
+        Args:
+            squared_norms: Shape (L, n), float64: squared norm of example i on live tensor l.
+            slack: Relative error of the norms; factors are taken for norms that much larger.
+
+        Returns:
+            Shape (L, n), float64, finite and >= 0. An example with any squared norm that is not finite gets 0 everywhere: it
+            counts as absent, because an error or a NaN would tell that it was there.
+        """
+        usable = np.isfinite(squared_norms).all(axis=0) & np.isfinite(squared_norms.sum(axis=0))
+        squared = np.where(usable, squared_norms, 0.0)
+        if self.mode == "per-layer":
+            bound, norm = self.clip_norm / math.sqrt(max(1, squared.shape[0])), np.sqrt(squared)
+        else:
+            bound, norm = self.clip_norm, np.sqrt(squared.sum(axis=0, keepdims=True))
+        norm = norm * (1.0 + slack)
+        divisor = norm + STABILITY if self.mode == "automatic" else np.maximum(norm, bound)
+        factors = bound / divisor  # exactly 1 where the norm is inside the bound
+        return np.where(usable, np.broadcast_to(factors, squared.shape), 0.0)

@@ -1,0 +1,138 @@
+"""PrivateGradient: clipped sums of per-example gradients on a support, one interface over all backends.
+
+The order is fixed here and nowhere else: mask first, then clip per example over all live coordinates, then sum (arXiv 2112.00845,
+Algorithm 1). Noise is added by the caller (`noise.py`), on the k values that come out, so frozen coordinates are never released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fed_dpprune.dpsgd.clipping import FLOAT32_SLACK, Clipping
+from fed_dpprune.dpsgd.live import LiveTensor, live_tensors
+from fed_dpprune.dpsgd.reference import MEMORY_BYTES, VmapEngine
+from fed_dpprune.dpsgd.validate import check_module
+from fed_dpprune.models.flat import Layout
+from fed_dpprune.sparsity.support import Support, dense
+
+BACKENDS = ("auto", "reference", "torch", "compiled")
+PRECISIONS = ("float32", "float64", "bfloat16")
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross entropy of each example, shape (n,)."""
+    return nn.functional.cross_entropy(logits, y, reduction="none")
+
+
+class PrivateGradient:
+    """The gradient side of a private step: keep one per model, call it every step.
+
+    Args:
+        module: The model. Its parameters are overwritten by `set_weights`; nothing else of it changes.
+        layout: Names and shapes of its parameters in coordinate order; tensors with `frozen=True` never get a gradient.
+        backend: `reference`, `torch`, `compiled`, or `auto` (the fastest that fits the model on this machine).
+        micro_batch: Examples held in memory at once; 0 chooses by memory. The result does not depend on it but for rounding.
+        loss: Losses of single examples, (logits, y) -> shape (n,).
+        precision: `float32`; `float64` (backend reference) for tests; `bfloat16` runs forward and backward in autocast, norms
+            and sums in float32.
+
+    Raises:
+        ConfigError: The model mixes examples (names the layer and the fix).
+        ValueError: An unknown backend or precision, or a layout that is not this module's.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        *,
+        backend: str = "auto",
+        micro_batch: int = 0,
+        loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        precision: str = "float32",
+    ) -> None:
+        if backend not in BACKENDS or precision not in PRECISIONS:
+            raise ValueError(f"backend {backend!r} is not one of {BACKENDS}, or precision {precision!r} not of {PRECISIONS}")
+        found = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+        if found != [(t.name, t.shape) for t in layout.tensors]:
+            raise ValueError("the layout does not list this module's parameters")
+        check_module(module)
+        self.module, self.layout, self.micro_batch = module, layout, micro_batch
+        self._parameters = [p for _, p in module.named_parameters()]
+        self._dtype = torch.float64 if precision == "float64" else torch.float32
+        self._engine = VmapEngine(module, loss, self._dtype)
+        trainable = [np.arange(s.start, s.stop, dtype=np.int64) for t, s in layout.spans() if not t.frozen]
+        everything = dense(layout.d) if len(trainable) == len(layout.tensors) else None
+        self._adopt(everything or Support(np.concatenate([np.zeros(0, np.int64), *trainable]), layout.d), None)
+
+    def set_weights(self, vector: NDArray[np.float32]) -> None:
+        """Copy a flat vector of shape (d,) into the module's parameters."""
+        if vector.shape != (self.layout.d,):
+            raise ValueError(f"weights of shape {vector.shape} do not fit a model of {self.layout.d} coordinates")
+        source = torch.tensor(vector)
+        with torch.no_grad():
+            for parameter, (_, span) in zip(self._parameters, self.layout.spans(), strict=True):
+                parameter.copy_(source[span].view(parameter.shape))
+
+    def set_support(self, support: Support, norm_over: Support | None = None) -> None:
+        """Choose the live coordinates of the following calls; cheap when nothing changed.
+
+        Args:
+            support: What is released.
+            norm_over: A wider support over which the clip factor is computed (clip-then-mask, an ablation: still bounded, but the
+                bound is partly spent on coordinates that are thrown away). By default the support itself.
+
+        Raises:
+            ValueError: Of another length than the layout, live inside a frozen tensor, or not inside `norm_over`.
+        """
+        wide = norm_over or support
+        if self._support.digest != support.digest or self._wide.digest != wide.digest:
+            self._adopt(support, norm_over)
+
+    def _adopt(self, support: Support, norm_over: Support | None) -> None:
+        wide = norm_over or support
+        self._live: tuple[LiveTensor, ...] = live_tensors(self.layout, wide)
+        self._place = None if wide is support else support.within(wide)
+        self._support, self._wide = support, wide
+
+    def clipped_sum(
+        self, x: NDArray[np.float32] | Tensor, y: NDArray[np.int64] | Tensor, clipping: Clipping
+    ) -> NDArray[np.float32] | NDArray[np.float64]:
+        """Sum over examples of the clipped gradient of each on the support.
+
+        Adding or removing one example, of whatever content, moves the result by at most `clipping.clip_norm` in L2.
+
+        Args:
+            x: Examples, shape (n, ...). n = 0 is legal: an empty Poisson batch still gets its noise.
+            y: Labels, shape (n,).
+            clipping: The bound.
+
+        Returns:
+            Shape (k,), ordered as the support's indices; float32, or float64 when the precision is. A sum, not a mean.
+
+        An example whose loss or live gradient is not finite adds nothing; it never raises.
+        """
+        inputs, labels = self._to_device(x), self._to_device(y)
+        total = np.zeros(self._wide.k, dtype=np.float64)
+        size = self.micro_batch or self._micro_batch()
+        slack = 0.0 if self._dtype == torch.float64 else FLOAT32_SLACK
+        if self._live:
+            for start in range(0, len(inputs), size):
+                part = slice(start, start + size)
+                total += self._engine.clipped_sum(self._live, inputs[part], labels[part], clipping, slack)
+        if self._place is not None:
+            total = total[self._place]
+        return total if self._dtype == torch.float64 else total.astype(np.float32)
+
+    def _micro_batch(self) -> int:
+        return max(1, MEMORY_BYTES // max(1, self._engine.example_bytes(self._live)))
+
+    def _to_device(self, value: NDArray[np.float32] | NDArray[np.int64] | Tensor) -> Tensor:
+        """A tensor in torch's own aligned memory: matrix libraries may round differently on odd addresses."""
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+        return tensor.to(self._parameters[0].device) if self._parameters else tensor

@@ -1,0 +1,75 @@
+"""Per-example gradients the plain way: torch.func's vmap(grad), then the live coordinates. Exact for any module.
+
+The oracle of the tests (float64), and the route for models that no layer rule fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fed_dpprune.dpsgd.clipping import Clipping
+from fed_dpprune.dpsgd.live import LiveTensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+MEMORY_BYTES = 256 * 2**20
+
+
+class VmapEngine:
+    """Clipped sums through torch.func over the whole module.
+
+    Args:
+        module: The model; its parameters and buffers are read at every call.
+        loss: Per-example losses, (logits, y) -> shape (n,).
+        dtype: float64 for the oracle, float32 otherwise.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss, dtype: torch.dtype) -> None:
+        self.module, self.loss, self.dtype = module, loss, dtype
+
+    def example_bytes(self, live: tuple[LiveTensor, ...]) -> int:
+        """Rough memory of one example's gradients, to choose a micro-batch."""
+        return 3 * self.dtype.itemsize * sum(t.size for t in live)
+
+    def live_gradients(self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Per-example gradients on the support.
+
+        Returns:
+            One tensor of shape (n, m) per live tensor, and the losses, shape (n,).
+        """
+        named = dict(self.module.named_parameters())
+        wanted = {t.name: self._cast(named[t.name]) for t in live}
+        others = {name: self._cast(p) for name, p in named.items() if name not in wanted}
+        others |= {name: self._cast(b) for name, b in self.module.named_buffers()}
+
+        def one(parameters: Mapping[str, Tensor], xi: Tensor, yi: Tensor) -> tuple[Tensor, Tensor]:
+            logits = torch.func.functional_call(self.module, {**others, **parameters}, (xi.unsqueeze(0),))
+            loss = self.loss(logits, yi.unsqueeze(0)).sum()
+            return loss, loss.detach()
+
+        gradient = torch.func.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0, 0), randomness="different")
+        grads, losses = gradient(wanted, self._cast(x), y)
+        place = {t.name: torch.from_numpy(np.array(t.positions)).to(x.device) for t in live}
+        return [grads[t.name].flatten(1).index_select(1, place[t.name]) for t in live], losses
+
+    def clipped_sum(
+        self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor, clipping: Clipping, slack: float
+    ) -> NDArray[np.float64]:
+        """Mask, clip, sum over one micro-batch; shape (k,), float64."""
+        grads, losses = self.live_gradients(live, x, y)
+        squared = torch.stack([g.square().sum(1).double() for g in grads])
+        squared = torch.where(torch.isfinite(losses), squared, torch.inf)
+        factors = torch.from_numpy(clipping.factors(squared.cpu().numpy(), slack)).to(x.device, self.dtype)
+        parts = []
+        for g, f in zip(grads, factors, strict=True):
+            kept = torch.where(f.unsqueeze(1) > 0, g, 0)  # zero times NaN is NaN, so absent examples are cut out, not scaled
+            parts.append(f @ kept)
+        return torch.cat(parts).double().cpu().numpy()
+
+    def _cast(self, value: Tensor) -> Tensor:
+        value = value.detach()
+        return value.to(self.dtype) if value.is_floating_point() else value

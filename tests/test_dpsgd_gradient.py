@@ -1,0 +1,165 @@
+"""The private gradient as its callers see it: masked, bounded, indifferent to batch size, NaN and empty batches."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fed_dpprune.dpsgd.clipping import MODES, Clipping
+from fed_dpprune.dpsgd.gradient import PrivateGradient
+from fed_dpprune.errors import ConfigError
+from fed_dpprune.models.flat import Layout, Tensor
+from fed_dpprune.sparsity.support import Support, dense, from_mask
+
+BACKENDS = ["reference", "auto"]
+
+
+def layout_of(module: nn.Module, frozen: tuple[str, ...] = ()) -> Layout:
+    return Layout(tuple(Tensor(n, tuple(p.shape), frozen=n in frozen) for n, p in module.named_parameters()))
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batch(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, 1, 6, 6)).astype(np.float32), rng.integers(0, 3, n)
+
+
+def some_support(layout: Layout, fraction: float = 0.3, seed: int = 1) -> Support:
+    return from_mask(np.random.default_rng(seed).random(layout.d) < fraction)
+
+
+def loop_gradients(module: nn.Module, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Per-example gradients by ordinary backward on one example at a time, float64, shape (n, d)."""
+    double = copy.deepcopy(module).double()
+    rows = []
+    for xi, yi in zip(x, y, strict=True):
+        double.zero_grad()
+        xi = torch.from_numpy(xi[None])
+        logits = double(xi.double() if xi.is_floating_point() else xi)
+        nn.functional.cross_entropy(logits, torch.tensor([yi])).backward()
+        rows.append(torch.cat([p.grad.flatten() for p in double.parameters()]).numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_live_gradient_passes_unscaled_when_only_frozen_coordinates_are_large(backend):
+    net = small_net()
+    x, y = batch(5)
+    grads = loop_gradients(net, x, y)
+    layout = layout_of(net)
+    order = np.argsort(np.abs(grads).max(axis=0))
+    support = Support(np.sort(order[: layout.d // 4]), layout.d)
+    live = grads[:, support.indices]
+    clip_norm = 1.01 * np.linalg.norm(live, axis=1).max()
+    assert np.linalg.norm(grads, axis=1).min() > 2 * clip_norm  # clipping before masking would shrink every example
+    engine = PrivateGradient(net, layout, backend=backend)
+    engine.set_support(support)
+    np.testing.assert_allclose(engine.clipped_sum(x, y, Clipping(clip_norm)), live.sum(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", [1.0, 1e6, np.nan, np.inf])
+def test_adding_one_example_moves_the_sum_by_at_most_the_clip_norm(backend, mode, poison):
+    net = small_net()
+    layout = layout_of(net)
+    engine = PrivateGradient(net, layout, backend=backend)
+    engine.set_support(some_support(layout))
+    x, y = batch(6)
+    x[-1] *= poison
+    clipping = Clipping(0.05, mode)
+    moved = engine.clipped_sum(x, y, clipping).astype(np.float64) - engine.clipped_sum(x[:-1], y[:-1], clipping)
+    assert np.isfinite(moved).all()
+    assert np.linalg.norm(moved) <= clipping.sensitivity(layout) * (1 + 1e-5)
+    if not np.isfinite(poison):
+        np.testing.assert_allclose(moved, 0, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_gives_zeros_on_the_support(backend):
+    net = small_net()
+    engine = PrivateGradient(net, layout_of(net), backend=backend)
+    support = some_support(engine.layout)
+    engine.set_support(support)
+    x, y = batch(0)
+    total = engine.clipped_sum(x, y, Clipping(1.0))
+    assert total.shape == (support.k,) and not total.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 3, 7, 64])
+def test_the_sum_does_not_depend_on_the_micro_batch(backend, size):
+    net = small_net()
+    x, y = batch(17)
+    whole = PrivateGradient(net, layout_of(net), backend=backend).clipped_sum(x, y, Clipping(0.1))
+    parts = PrivateGradient(net, layout_of(net), backend=backend, micro_batch=size).clipped_sum(x, y, Clipping(0.1))
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reference_agrees_with_a_loop_over_examples_to_1e12_in_float64(mode):
+    net = small_net()
+    layout = layout_of(net)
+    x, y = batch(9)
+    support = some_support(layout)
+    engine = PrivateGradient(net, layout, backend="reference", precision="float64")
+    engine.set_support(support)
+    live = loop_gradients(net, x, y)[:, support.indices]
+    clip_norm = float(np.median(np.linalg.norm(live, axis=1)))
+    if mode == "per-layer":
+        bounds = np.searchsorted(support.indices, layout.offsets)
+        parts = [live[:, a:b] for a, b in itertools.pairwise(bounds) if a < b]
+        bound = clip_norm / np.sqrt(len(parts))
+        clipped = [p * np.minimum(1, bound / np.linalg.norm(p, axis=1))[:, None] for p in parts]
+        expected = np.concatenate([c.sum(0) for c in clipped])
+    else:
+        norm = np.linalg.norm(live, axis=1)
+        factor = clip_norm / (norm + 0.01) if mode == "automatic" else np.minimum(1, clip_norm / norm)
+        expected = factor @ live
+    total = engine.clipped_sum(x, y, Clipping(clip_norm, mode))
+    assert np.linalg.norm(total - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norm_over_a_wider_support_shrinks_what_is_released(backend):
+    net = small_net()
+    layout = layout_of(net)
+    x, y = batch(8)
+    support = some_support(layout)
+    grads = loop_gradients(net, x, y)
+    factor = np.minimum(1, 0.1 / np.linalg.norm(grads, axis=1))
+    engine = PrivateGradient(net, layout, backend=backend)
+    engine.set_support(support, norm_over=dense(layout.d))
+    np.testing.assert_allclose(engine.clipped_sum(x, y, Clipping(0.1)), factor @ grads[:, support.indices], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="not inside"):
+        engine.set_support(dense(layout.d), norm_over=support)
+
+
+def test_a_support_inside_a_frozen_tensor_is_refused():
+    net = small_net()
+    layout = layout_of(net, frozen=("0.weight",))
+    engine = PrivateGradient(net, layout, backend="reference")
+    assert engine.clipped_sum(*batch(3), Clipping(1.0)).shape == (layout.d - 36,)
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        engine.set_support(dense(layout.d))
+
+
+def test_layers_that_mix_examples_are_refused_by_name_with_the_fix():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(ConfigError, match=r"layer 1: BatchNorm2d.*GroupNorm"):
+        PrivateGradient(net, layout_of(net))
+
+
+def test_clipping_refuses_bounds_that_bound_nothing():
+    for bad in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(ValueError, match="positive"):
+            Clipping(bad)
+    with pytest.raises(ValueError, match="mode"):
+        Clipping(1.0, "median")
