@@ -1,0 +1,74 @@
+"""Privacy loss distributions by dp-accounting: the default accountant, tight and pessimistic.
+
+The loss is put on a grid. dp-accounting's default grid of 1e-4 costs 0.1 to 0.3 s for each figure, too much for an
+epsilon per round and client; a coarser grid is still an upper bound. `grid` takes the coarsest one whose error, by the
+estimate below, stays under 1e-4 of epsilon, and never one finer than dp-accounting's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from fed_dpprune.privacy import renyi
+from fed_dpprune.privacy.history import Entry
+
+GRIDS = (1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4)
+GRID_ERROR = 1e-4
+# Standard deviations between the mean of the loss and the epsilon of any delta in use (1e-12 is at 7.0).
+TAIL = 7.0
+MOST_POINTS = 5_000_000
+
+
+def grid_error(history: Sequence[Entry], grid: float) -> float:
+    """About how far a grid lifts epsilon: rounding adds up to grid^2 / 6 to the variance of each step's loss.
+
+    The loss of a step has a variance of at least about (rate / noise)^2; half of the added variance goes to the mean.
+    """
+    steps = sum(entry.steps for entry in history)
+    variance = sum(entry.steps * (entry.sample_rate / entry.noise_multiplier) ** 2 for entry in history)
+    added = steps * grid * grid / 6.0
+    return added / 2.0 + TAIL * (math.sqrt(variance + added) - math.sqrt(variance))
+
+
+def grid(history: Sequence[Entry]) -> float:
+    """The coarsest grid that is good enough; the same for equal histories, so equal histories have equal figures."""
+    return next((grid for grid in GRIDS if grid_error(history, grid) <= GRID_ERROR), GRIDS[-1])
+
+
+@lru_cache(maxsize=8)
+def _one_step(noise_multiplier: float, sample_rate: float, grid: float) -> Any:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier, sampling_prob=sample_rate, value_discretization_interval=grid
+    )
+
+
+def _steps(entry: Entry, grid: float) -> Any:
+    # Without sampling n steps are one step with less noise, exactly; this is also what dp-accounting does.
+    if entry.sample_rate == 1.0:
+        return _one_step(entry.noise_multiplier / math.sqrt(entry.steps), 1.0, grid)
+    one = _one_step(entry.noise_multiplier, entry.sample_rate, grid)
+    return one if entry.steps == 1 else one.self_compose(entry.steps)
+
+
+def _epsilon(history: Sequence[Entry], delta: float) -> float:
+    spacing = grid(history)
+    if renyi.epsilon(history, delta) / spacing > MOST_POINTS:
+        raise OverflowError("the loss is too large for a grid")
+    composed = _steps(history[0], spacing)
+    for entry in history[1:]:
+        composed = composed.compose(_steps(entry, spacing))
+    return float(composed.get_epsilon_for_delta(delta))
+
+
+def epsilons(histories: Sequence[tuple[Entry, ...]], delta: float) -> list[float]:
+    """Epsilon of each canonical history.
+
+    Raises:
+        OverflowError: A loss so large that its grid would not fit into memory; the caller falls back to RDP.
+    """
+    return [_epsilon(history, delta) for history in histories]

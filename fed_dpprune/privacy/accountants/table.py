@@ -1,0 +1,177 @@
+"""The accountants by name, one interface: epsilon of a history at a delta, for adding or removing one example.
+
+Every figure goes through `_figures`: canonical form, memory, cache, accountant, in that order. So the plan, the run, the
+ledger and a second process get the same float for the same history. An accountant that fails is replaced by a sound one
+(RDP, then RDP at whole orders), never by "nothing spent".
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fed_dpprune.errors import ConfigError
+from fed_dpprune.privacy import renyi
+from fed_dpprune.privacy.cache import Figures
+from fed_dpprune.privacy.history import Entry, merge
+
+REVISION = 1
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Accountant:
+    """Where an accountant's code is and which library it stands on."""
+
+    module: str
+    library: str
+
+
+ACCOUNTANTS: dict[str, Accountant] = {
+    "pld": Accountant("fed_dpprune.privacy.accountants.pld", "dp-accounting"),
+    "rdp": Accountant("fed_dpprune.privacy.accountants.rdp", "dp-accounting"),
+    "prv": Accountant("fed_dpprune.privacy.accountants.prv", "opacus"),
+}
+# The one that stands beside another as the independent second figure.
+SECOND = {"pld": "rdp", "rdp": "pld", "prv": "rdp"}
+
+History = tuple[Entry, ...]
+_memory: dict[str, dict[str, float]] = {}
+
+
+def lookup(accountant: str) -> Accountant:
+    """The row of an accountant.
+
+    Raises:
+        ConfigError: An unknown name; `gdp`, with the reason.
+    """
+    if accountant == "gdp":
+        raise ConfigError(
+            "privacy.accountant",
+            '"gdp" is a central-limit estimate that reports less than is spent (0.49 for a true 2.1)',
+            f"use one of {' | '.join(ACCOUNTANTS)}",
+        )
+    if accountant not in ACCOUNTANTS:
+        raise ConfigError("privacy.accountant", f"{accountant!r} is not an accountant", f"use one of {' | '.join(ACCOUNTANTS)}")
+    return ACCOUNTANTS[accountant]
+
+
+def version(accountant: str) -> str:
+    """Name, library and version, as printed beside every epsilon: "pld (dp-accounting 0.6.0)"."""
+    library = lookup(accountant).library
+    return f"{accountant} ({library} {importlib.metadata.version(library)})"
+
+
+def versions() -> str:
+    """All accountants with their libraries' versions."""
+    return ", ".join(version(name) for name in ACCOUNTANTS)
+
+
+def check_delta(delta: float) -> None:
+    """Refuse a delta that no figure can be computed for."""
+    if not 0 < delta < 1:
+        raise ConfigError("privacy.delta", f"{delta!r} is not between 0 and 1", "use something below 1 / number of examples")
+
+
+def compute(history: History, delta: float, accountant: str) -> tuple[float, bool]:
+    """(epsilon, whether the named accountant itself gave it) of one canonical history; no memory, no cache."""
+    if not history:
+        return 0.0, True
+    for name in dict.fromkeys((accountant, "rdp")):
+        try:
+            figure = importlib.import_module(lookup(name).module).epsilons([history], delta)[0]
+        except (ArithmeticError, ValueError, RuntimeError, MemoryError, IndexError, TypeError) as error:
+            _log.warning("accountant %s failed (%s); falling back to a looser one", name, error)
+            continue
+        # A figure that is no number, or infinite where a looser bound may be finite, is a failure as well.
+        if math.isfinite(figure):
+            return max(0.0, float(figure)), name == accountant
+    return renyi.epsilon(history, delta), False
+
+
+def _family(history: History, delta: float, accountant: str) -> str:
+    """Everything that a figure depends on but the step counts."""
+    settings = ";".join(f"{entry.sample_rate!r},{entry.noise_multiplier!r}" for entry in history)
+    return f"epsilon {version(accountant)} revision {REVISION} delta {delta!r} settings {settings}"
+
+
+def _figures(histories: Sequence[History], delta: float, accountant: str, cache: Figures | None) -> list[float]:
+    """Epsilon of canonical histories, each computed at most once; one read and one write per family."""
+    cache = cache or Figures()
+    fresh: dict[str, dict[str, float]] = {}
+    results = []
+    for history in histories:
+        family = _family(history, delta, accountant)
+        key = ",".join(str(entry.steps) for entry in history)
+        known = _memory.setdefault(family, {})
+        if key not in known:
+            known.update(cache.read(family))
+        if key not in known:
+            known[key], by_name = compute(history, delta, accountant)
+            if by_name:
+                fresh.setdefault(family, {})[key] = known[key]
+        results.append(known[key])
+    for family, values in fresh.items():
+        cache.add(family, values)
+    return results
+
+
+def epsilon(history: Sequence[Entry], delta: float, accountant: str = "pld", cache: Figures | None = None) -> float:
+    """Epsilon of a history, in any order, for adding or removing one example under Poisson sampling.
+
+    Args:
+        history: What was spent; empty gives 0.0.
+        delta: The claim's delta.
+        accountant: A name of `ACCOUNTANTS`.
+        cache: Where figures are kept between processes; the user's cache by default.
+
+    Returns:
+        An upper bound, at least 0.
+
+    Raises:
+        ConfigError: An unknown or refused accountant, a delta outside (0, 1).
+    """
+    lookup(accountant)
+    check_delta(delta)
+    canonical = merge(history)
+    return _figures([canonical], delta, accountant, cache)[0] if canonical else 0.0
+
+
+def epsilons(
+    histories: Sequence[Sequence[Entry]], delta: float, accountant: str = "pld", cache: Figures | None = None
+) -> list[float]:
+    """`epsilon` of many histories, with one read and one write of the cache per family."""
+    lookup(accountant)
+    check_delta(delta)
+    canonical = [merge(history) for history in histories]
+    filled = iter(_figures([history for history in canonical if history], delta, accountant, cache))
+    return [next(filled) if history else 0.0 for history in canonical]
+
+
+def epsilon_curve(
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: Sequence[int],
+    delta: float,
+    accountant: str = "pld",
+    cache: Figures | None = None,
+) -> list[float]:
+    """Epsilon after each cumulative number of steps of one setting; 0 steps cost 0.
+
+    Args:
+        noise_multiplier: Of every step.
+        sample_rate: Of every step.
+        steps: Cumulative counts, for example (2, 4, 6) for three rounds of two steps.
+        delta: The claim's delta.
+        accountant: A name of `ACCOUNTANTS`.
+        cache: Where figures are kept between processes.
+
+    Returns:
+        The same floats as `epsilon` of each prefix.
+    """
+    prefixes = [[Entry(noise_multiplier, sample_rate, count)] if count else [] for count in steps]
+    return epsilons(prefixes, delta, accountant, cache)
