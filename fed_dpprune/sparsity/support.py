@@ -144,7 +144,7 @@ def smallest(keys: NDArray[np.generic], keep: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate([below, ties])).astype(np.int64)
 
 
-def largest(scores: NDArray[np.float64], keep: int) -> NDArray[np.int64]:
+def largest(scores: NDArray[np.floating], keep: int) -> NDArray[np.int64]:
     """Positions of the `keep` largest scores, ties to the lower position, sorted, shape (keep,).
 
     Raises:
