@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,14 +62,15 @@ class Items:
     labels: NDArray[np.int64] | None
     count: int
 
-    @property
-    def first(self) -> NDArray[np.int64]:
-        """The flat position of each item's first coordinate, shape (count,)."""
+    def by_tensor(self, layout: Layout) -> list[NDArray[np.int64]]:
+        """The items of each tensor, ascending; an item that spans several belongs to that of its first coordinate."""
         if self.labels is None:
-            return self.outer.indices
+            edges = np.searchsorted(self.outer.indices, np.asarray(layout.offsets))
+            return [np.arange(start, end) for start, end in pairwise(edges)]
         first = np.full(self.count, self.outer.d, dtype=np.int64)
         np.minimum.at(first, self.labels, self.outer.indices)
-        return first
+        owner = np.searchsorted(np.asarray(layout.offsets[1:]), first, side="right")
+        return [np.flatnonzero(owner == tensor) for tensor in range(len(layout.tensors))]
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -86,7 +88,8 @@ class Items:
     def take(self, chosen: NDArray[np.int64], provenance: str) -> Support:
         """The coordinates of the chosen items."""
         if self.labels is None:
-            return Support(self.outer.indices[chosen], self.outer.d, provenance)
+            everything = self.outer.k == self.outer.d
+            return Support(chosen if everything else self.outer.indices[chosen], self.outer.d, provenance)
         wanted = np.zeros(self.count, dtype=np.bool_)
         wanted[chosen] = True
         return Support(self.outer.indices[wanted[self.labels]], self.outer.d, provenance)

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from fed_dpprune import randomness
 from fed_dpprune.sparsity.criteria.table import CriterionContext
 
-EXAMPLES = 128
+EXAMPLES = 32
 SCALE = 65535
 BLOB = 7
-CHUNK_VALUES = 2**25
 
 
 def synthetic_inputs(count: int, input_shape: tuple[int, ...], seed: int, round: int) -> NDArray[np.float32]:
@@ -56,27 +55,19 @@ def layer_odds(context: CriterionContext, round: int, examples: int = EXAMPLES) 
     """
     import torch
     import torch.nn.functional as F
-    from torch import Tensor
-    from torch.func import functional_call, grad, vmap
 
     from fed_dpprune.sparsity.criteria import net
 
-    layout = context.layout
     model = net.loaded(context, torch.float32)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    buffers = dict(model.named_buffers())
+    parameters = dict(model.named_parameters())
     inputs = torch.from_numpy(synthetic_inputs(examples, context.input_shape, context.seed, round))
     words = randomness.raw_u64(examples, context.seed, "synthetic", round, "labels")
-
-    def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        outputs = functional_call(model, {**weights, **buffers}, (x.unsqueeze(0),))
-        return F.cross_entropy(outputs, y.unsqueeze(0))
-
+    energy = np.zeros(len(context.layout.tensors))
     with net.one_thread():
-        with torch.no_grad():
-            classes = model(inputs[:1]).shape[-1]
-        labels = torch.from_numpy((words % np.uint64(classes)).astype(np.int64))
-        gradients = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=max(1, CHUNK_VALUES // layout.d))
-        found = gradients(parameters, inputs, labels)
-        energy = [float(found[t.name].double().square().mean()) if t.size else 0.0 for t in layout.tensors]
-    return quantise(np.asarray(energy))
+        for example, word in zip(inputs, words, strict=True):
+            outputs = model(example.unsqueeze(0))
+            label = torch.tensor([int(word) % outputs.shape[-1]])
+            gradients = torch.autograd.grad(F.cross_entropy(outputs, label), list(parameters.values()), allow_unused=True)
+            found = dict(zip(parameters, gradients, strict=True))
+            energy += [net.energy(found[tensor.name]) for tensor in context.layout.tensors]
+    return quantise(energy / examples)

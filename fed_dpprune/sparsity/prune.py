@@ -128,18 +128,8 @@ def _iterate(
         share = rate if step == context.iterations else 1 - (1 - rate) ** (step / context.iterations)
         kept = _keep(np.where(live, score(live), -1.0), pools, share)
         live = kept | ~candidates.mask
-        _refuse_empty(kept, candidates, context.layout)
+    score(live)  # refuses a net that the last iteration cut
     return kept
-
-
-def _refuse_empty(kept: NDArray[np.bool_], candidates: Support, layout: Layout) -> None:
-    """Raise if a tensor that had candidates has none left: such a net passes nothing on."""
-    before, after = layout.counts(candidates.indices), layout.counts(np.flatnonzero(kept))
-    for tensor, had, has in zip(layout.tensors, before, after, strict=True):
-        if had and not has:
-            raise ConfigError(
-                "sparsity.prune.rate", f"nothing is left of {tensor.name} at this rate", 'lower it, or use scope = "layer"'
-            )
 
 
 def pre_prune(prune: config.Prune, context: CriterionContext, granularity: str = "element") -> Support:
@@ -157,7 +147,7 @@ def pre_prune(prune: config.Prune, context: CriterionContext, granularity: str =
 
     Raises:
         ConfigError: Labelled scores without public data, weights learnt from private data, nothing to prune, a criterion
-            that prunes step by step emptied a tensor or found no flow, or a bad file.
+            that prunes step by step cut the net, or a bad file.
     """
     layout = context.layout
     if prune.method == "none":
@@ -179,3 +169,9 @@ def pre_prune(prune: config.Prune, context: CriterionContext, granularity: str =
 def pruned(survivors: Support, layout: Layout) -> Support:
     """What pruning removed: trainable coordinates that do not survive (set to zero when `inactive = "zero"`)."""
     return from_mask(trainable(layout).mask & ~survivors.mask, survivors.provenance)
+
+
+def emptied(survivors: Support, layout: Layout) -> list[str]:
+    """Names of trainable tensors of which nothing survives: worth a note, and fatal unless another branch goes around."""
+    counts = zip(layout.tensors, layout.counts(survivors.indices), strict=True)
+    return [tensor.name for tensor, live in counts if tensor.size and not tensor.frozen and not live]

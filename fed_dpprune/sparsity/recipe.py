@@ -90,8 +90,7 @@ def _draw_with_odds(
     items: groups.Items, keep: int, layout: Layout, odds: NDArray[np.int64], seed: int, stream: tuple[int | str, ...]
 ) -> NDArray[np.int64]:
     """`keep` items, uniform inside each tensor, with `tensor_quotas` between tensors; sorted."""
-    owner = np.searchsorted(np.asarray(layout.offsets[1:]), items.first, side="right")
-    members = [np.flatnonzero(owner == t) for t in range(len(layout.tensors))]
+    members = items.by_tensor(layout)
     purpose, *ids = stream
     word = int(randomness.raw_u64(1, seed, str(purpose), *ids, "quotas")[0])
     quotas = tensor_quotas([m.size for m in members], [int(o) for o in odds], keep, word)

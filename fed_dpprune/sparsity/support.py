@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from fed_dpprune import randomness
 
+CHUNK = 2**19
 PROVENANCES = ("random", "data-free", "public", "private")
 
 
@@ -115,23 +117,41 @@ def union(supports: list[Support]) -> Support:
     return from_mask(mask, weakest(*(s.provenance for s in supports)))
 
 
+def _key_chunks(count: int, bits: np.random.Philox) -> Iterator[tuple[int, NDArray[np.uint32]]]:
+    """The words of `randomness.raw_u32` in pieces that stay in the cache: (first position, keys)."""
+    for start in range(0, count, CHUNK):
+        size = min(CHUNK, count - start)
+        words: NDArray[np.uint64] = bits.random_raw((size + 1) // 2)
+        yield start, words.astype("<u8", copy=False).view("<u4")[:size]
+
+
 def draw_positions(count: int, keep: int, seed: int, purpose: str, *ids: int | str | bytes) -> NDArray[np.int64]:
     """A uniform subset of exactly `keep` of the positions 0..count-1, sorted, shape (keep,).
 
-    Each position gets a raw 32-bit key; the `keep` smallest (key, position) pairs win. Equal on every machine. A
-    threshold slightly above the expected one first throws most keys away, so the exact selection sorts few.
+    Each position gets a raw 32-bit key; the `keep` smallest (key, position) pairs win. Equal on every machine, and nested:
+    of one stream, fewer are a subset of more. Keys far below the expected cut are in and far above are out, so that the
+    exact selection sees only a narrow band around it.
     """
     if not 0 <= keep <= count:
         raise ValueError(f"cannot keep {keep} of {count}")
     if keep in (0, count):
         return np.arange(keep, dtype=np.int64)
-    keys = randomness.raw_u32(count, seed, purpose, *ids)
-    slack = 8.0 * math.sqrt(keep) + 64
-    bound = min(1.0, (keep + slack) / count) * 2.0**32
-    candidates = np.flatnonzero(keys < np.uint32(min(bound, 2**32 - 1))) if bound < 2**32 - 1 else np.arange(count)
-    if candidates.size < keep:  # eight standard deviations away: correctness must not hang on luck
-        candidates = np.arange(count)
-    return candidates[smallest(keys[candidates], keep)].astype(np.int64)
+    slack = 8.0 * math.sqrt(keep * (1 - keep / count)) + 64
+    low = int(max(0.0, (keep - slack) / count) * 2.0**32)
+    high = int(min(1.0, (keep + slack) / count) * (2.0**32 - 1))
+    live = np.empty(count, dtype=np.bool_)
+    places, band = [], []
+    for start, keys in _key_chunks(count, randomness.bit_generator(seed, purpose, *ids)):
+        np.less(keys, np.uint32(low), out=live[start : start + keys.size])
+        near = np.flatnonzero(keys - np.uint32(low) < np.uint32(high - low))  # unsigned: below `low` wraps far above
+        places.append(near + start)
+        band.append(keys[near])
+    missing = keep - int(np.count_nonzero(live))
+    near = np.concatenate(places)
+    if not 0 <= missing <= near.size:  # eight standard deviations away: correctness must not hang on luck
+        return smallest(randomness.raw_u32(count, seed, purpose, *ids), keep)
+    live[near[smallest(np.concatenate(band), missing)]] = True
+    return np.flatnonzero(live).astype(np.int64, copy=False)
 
 
 def smallest(keys: NDArray[np.generic], keep: int) -> NDArray[np.int64]:
@@ -158,4 +178,4 @@ def largest(scores: NDArray[np.floating], keep: int) -> NDArray[np.int64]:
 def random_subset(outer: Support, keep: int, seed: int, purpose: str, *ids: int | str | bytes) -> Support:
     """A uniform subset of exactly `keep` coordinates of `outer`."""
     chosen = draw_positions(outer.k, keep, seed, purpose, *ids)
-    return Support(outer.indices[chosen], outer.d, outer.provenance)
+    return Support(chosen if outer.k == outer.d else outer.indices[chosen], outer.d, outer.provenance)

@@ -27,7 +27,7 @@ def gradient(context: CriterionContext) -> NDArray[np.float64]:
         ConfigError: There is no public data.
     """
     public = context.public
-    if public is None or len(public.y) == 0:
+    if public is None or len(public) == 0:
         raise ConfigError(
             "data.public",
             "scores from labelled data need public examples and none are declared",
@@ -37,10 +37,9 @@ def gradient(context: CriterionContext) -> NDArray[np.float64]:
     parameters = dict(model.named_parameters())
     totals = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     with net.one_thread():
-        for start in range(0, len(public.y), BATCH):
-            inputs = torch.from_numpy(np.ascontiguousarray(public.x[start : start + BATCH], dtype=np.float32))
-            labels = torch.from_numpy(np.ascontiguousarray(public.y[start : start + BATCH], dtype=np.int64))
-            loss = F.cross_entropy(model(inputs), labels, reduction="sum")
+        for start in range(0, len(public), BATCH):
+            inputs, labels = public.take(np.arange(start, min(start + BATCH, len(public))))
+            loss = F.cross_entropy(model(torch.from_numpy(inputs)), torch.from_numpy(labels), reduction="sum")
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for total, gradient in zip(totals.values(), gradients, strict=True):
                 if gradient is not None:

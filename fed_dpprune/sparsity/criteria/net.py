@@ -38,6 +38,11 @@ def gathered(layout: Layout, values: dict[str, torch.Tensor]) -> NDArray[np.floa
     return flat
 
 
+def energy(gradient: torch.Tensor | None) -> float:
+    """Mean square of a gradient's entries; 0 for a parameter that the net does not use."""
+    return 0.0 if gradient is None or not gradient.numel() else float(gradient.double().square().mean())
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Sums in one order: the same scores whatever number of threads the process was given."""

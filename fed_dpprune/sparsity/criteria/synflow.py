@@ -59,14 +59,15 @@ def scorer(context: CriterionContext) -> Scorer:
     """A function from the mask that lives so far, shape (d,), to scores, shape (d,).
 
     Raises (from the function):
-        ConfigError: The flow is not finite, or none is left.
+        ConfigError: The flow is not finite, or none of it comes from the input any more: a layer is emptied. (Biases keep
+            the output away from zero, so the sum of the outputs does not tell; a parallel branch may be emptied.)
     """
     model = net.loaded(context, torch.float64)
     for buffer in model.buffers():
         buffer.data = buffer.data.abs()
     parameters = dict(model.named_parameters())
     magnitudes = {name: parameter.data.abs() for name, parameter in parameters.items()}
-    ones = torch.ones((1, *context.input_shape), dtype=torch.float64)
+    ones = torch.ones((1, *context.input_shape), dtype=torch.float64, requires_grad=True)
 
     def score(live: NDArray[np.bool_]) -> NDArray[np.float64]:
         for tensor, span in context.layout.spans():
@@ -74,16 +75,19 @@ def scorer(context: CriterionContext) -> Scorer:
             parameters[tensor.name].data = magnitudes[tensor.name] * mask
         with net.one_thread(), Linearised():
             flow = model(ones).sum()
-            gradients = torch.autograd.grad(flow, list(parameters.values()), allow_unused=True)
+            through, *gradients = torch.autograd.grad(flow, [ones, *parameters.values()], allow_unused=True)
         products = {
             name: (parameter.detach() * gradient).abs()
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
             if gradient is not None
         }
         flat = net.gathered(context.layout, products)
-        if not np.isfinite(flat).all() or not flat.any():
-            state = "is zero" if np.isfinite(flat).all() else "overflows"
-            raise ConfigError("sparsity.prune.method", f"the synaptic flow of this net {state}", 'use "magnitude" or "random"')
+        if not np.isfinite(flat).all():
+            raise ConfigError("sparsity.prune.method", "the synaptic flow of this net overflows", 'use "magnitude" or "random"')
+        if through is None or not bool(through.any()):
+            raise ConfigError(
+                "sparsity.prune.rate", "no path is left from input to output", 'lower it, exempt more, or use scope = "layer"'
+            )
         return flat
 
     return score

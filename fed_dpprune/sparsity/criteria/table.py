@@ -28,15 +28,13 @@ Scorer = Callable[[NDArray[np.bool_]], NDArray[np.float64]]
 
 
 class Examples(Protocol):
-    """Labelled examples, as the data room makes them."""
+    """Labelled examples, as the data room makes them (`data.dataset.Examples`)."""
 
-    @property
-    def x(self) -> NDArray[np.float32]:
-        """Inputs, shape (n, *input_shape)."""
+    def __len__(self) -> int:
+        """How many."""
 
-    @property
-    def y(self) -> NDArray[np.int64]:
-        """Labels, shape (n,)."""
+    def take(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Inputs, shape (n, *input_shape), float32, and labels, shape (n,), int64."""
 
 
 @dataclass(frozen=True)
