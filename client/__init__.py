@@ -1,0 +1,1 @@
+"""Where Flower finds the client: app.py. No logic lives here."""

@@ -1,0 +1,1 @@
+"""Where Flower finds the server: app.py. No logic lives here."""
