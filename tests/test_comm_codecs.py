@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -260,8 +261,8 @@ def lloyd(count: int) -> tuple[list[float], list[float], float]:
     levels = [(i + 0.5) * 2 / count for i in range(count)]
     edges: list[float] = []
     for _ in range(3000):
-        edges = [0.0, *((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)), math.inf]
-        cells = list(zip(edges, edges[1:], strict=False))
+        edges = [0.0, *((a + b) / 2 for a, b in pairwise(levels)), math.inf]
+        cells = list(pairwise(edges))
         levels = [(density(a) - density(b)) / (tail(a) - tail(b)) for a, b in cells]
     energy = 2 * sum((tail(a) - tail(b)) * level**2 for (a, b), level in zip(cells, levels, strict=True))
     return levels, edges[1:-1], 1 - energy
