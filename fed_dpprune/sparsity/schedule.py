@@ -46,9 +46,9 @@ def freeze_rate(freeze: config.Freeze, round: int, rounds: int) -> float:
         return min(freeze.rate, freeze.rate * done / (last - 1))
     if freeze.ramp == "cosine":
         # Rounded, so that a last bit of some machine's cosine cannot shift a count between the two ends.
-        return builtins.round(freeze.rate * (1 - math.cos(math.pi * done / (last - 1))) / 2, 12)
+        return min(freeze.rate, builtins.round(freeze.rate * (1 - math.cos(math.pi * done / (last - 1))) / 2, 12))
     level = min(STEP_LEVELS - 1, STEP_LEVELS * done // (last - 1))
-    return freeze.rate * level / (STEP_LEVELS - 1)
+    return min(freeze.rate, freeze.rate * level / (STEP_LEVELS - 1))
 
 
 def live_count(freeze: config.Freeze, survivors: int, round: int, rounds: int) -> int:
