@@ -1,18 +1,22 @@
 """Nets by name: one file each, imported only when asked for. `layout` needs no torch for the nets of TABLE.
 
-A new net is one file with `net(spec)` and one line in TABLE; the tests run over the table.
+A new net is one file with `net(spec)` and one line in TABLE; the tests run over the table. A name that is not in the table
+may be `torchvision:<name>` or a user's `package.module:factory` (see `foreign.py`).
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from fed_dpprune import dotted
 from fed_dpprune.errors import ConfigError
-from fed_dpprune.models import layers
+from fed_dpprune.models import layers, layout_cache
 from fed_dpprune.models.flat import Layout, Tensor
+from fed_dpprune.models.spec import TORCHVISION
 from fed_dpprune.models.spec import ModelSpec as ModelSpec  # re-exported: the spec belongs to this front door
 from fed_dpprune.models.spec import from_config as from_config
 
@@ -34,14 +38,46 @@ def _net(spec: ModelSpec) -> layers.Net:
     return net
 
 
-def _unknown(name: str) -> ConfigError:
-    return ConfigError("model.name", f"{name!r} is not a net", f"use one of {', '.join(TABLE)}")
+def _is_foreign(name: str) -> bool:
+    """Whether the net comes as a torch module.
+
+    Raises:
+        ConfigError: No net of that name.
+    """
+    if name in TABLE:
+        return False
+    if name.startswith(TORCHVISION) or dotted.is_path(name):
+        return True
+    near = difflib.get_close_matches(name, TABLE, n=1)
+    kinds = f"one of {', '.join(TABLE)}, torchvision:<name>, or package.module:factory"
+    raise ConfigError("model.name", f"{name!r} is not a net", f"did you mean {near[0]!r}?" if near else f"use {kinds}")
+
+
+def _foreign_tensors(spec: ModelSpec) -> tuple[Tensor, ...]:
+    """Remembered for torchvision's nets; a user's factory is asked every time, since its code may have changed."""
+
+    def make() -> tuple[Tensor, ...]:
+        from fed_dpprune.models import foreign
+
+        return foreign.tensors(_foreign(spec))
+
+    return layout_cache.tensors(spec, make) if spec.name.startswith(TORCHVISION) else make()
+
+
+def _foreign(spec: ModelSpec) -> nn.Module:
+    import torch
+
+    from fed_dpprune.models import foreign
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return foreign.build(spec)
 
 
 def _tensors(spec: ModelSpec) -> tuple[Tensor, ...]:
     """Parameters of the net, the head marked, nothing frozen."""
-    if spec.name not in TABLE:
-        raise _unknown(spec.name)
+    if _is_foreign(spec.name):
+        return _foreign_tensors(spec)
     net = _net(spec)
     try:
         tensors = tuple(layers.tensors(net, spec.input_shape))
@@ -96,6 +132,8 @@ def build(spec: ModelSpec) -> nn.Module:
 
     from fed_dpprune.models import modules
 
+    if _is_foreign(spec.name):
+        return _foreign(spec)
     layout(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

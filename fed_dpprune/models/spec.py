@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from fed_dpprune import config
 
+TORCHVISION = "torchvision:"
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -18,7 +20,7 @@ class ModelSpec:
         input_shape: Shape of one example.
         classes: Outputs.
         freeze_layers: Name patterns of tensors or layers that are held at their value.
-        weights: A file to start from, "torchvision", or "".
+        weights: A file to start from, "torchvision" or "torchvision:<weights>", or "".
     """
 
     name: str
