@@ -84,6 +84,17 @@ def test_the_batch_tails_add_up_to_half_the_stated_chance(divisor, rate):
     assert stats.binom.sf(math.floor(most), size, rate) * USUAL.steps * USUAL.clients * USUAL.rounds <= FALSE_REJECTION / 2
 
 
+def test_weights_stored_as_float32_do_not_push_an_honest_update_over_the_bound():
+    """With a learning rate near the resolution of float32 a step of 0.6 units in the last place is stored as a whole one."""
+    tiny = replace(USUAL, weight_decay=0.0, momentum=0.0, learning_rate=0.6 * 2.0**-23 / USUAL.gradient, weight=1.0)
+    weight = np.float32(1.0)
+    for _ in range(tiny.steps):
+        weight = np.float32(float(weight) + tiny.learning_rate * tiny.gradient)
+    moved = weight - np.float32(1.0)
+    assert moved > tiny.steps * tiny.learning_rate * tiny.gradient
+    check_update(np.array([moved]), 1, tiny.value)
+
+
 @pytest.mark.parametrize(
     "harsher",
     [

@@ -16,7 +16,8 @@ from fed_dpprune.errors import WireError
 
 CODES = ("wrong-length", "non-finite", "header", "code", "padding", "positions", "out-of-bound")
 FALSE_REJECTION = 1e-12
-ROUNDING = 1.0 + 1e-5  # float32 arithmetic of the client's loop, far more than it needs
+ROUNDING = 1.0 + 1e-5  # of the gradient and of the update in float32, far more than they need
+ULP = 2.0**-23  # a float32 weight stored after a step is off by at most half of this, relatively
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class UpdateBound:
         rounds: Rounds of the run.
         momentum: Of the client; its buffer starts each round at zero.
         weight_decay: Of the client, added to the gradient.
-        weight: Upper bound of |weight| at the start of the round (the server knows its model); used with weight decay.
+        weight: Upper bound of |weight| at the start of the round (the server knows its model).
         size_slack: How many times its nominal size a client may really have.
         overshoot: Of the uplink codec.
     """
@@ -79,6 +80,7 @@ class UpdateBound:
         for _ in range(self.steps):
             velocity = self.momentum * velocity + self.gradient + self.weight_decay * (self.weight + moved)
             moved += self.learning_rate * velocity
+            moved += ULP * (self.weight + moved)
         return moved * self.overshoot * ROUNDING
 
 
