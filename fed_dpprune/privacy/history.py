@@ -43,3 +43,18 @@ def merge(history: Iterable[Entry]) -> tuple[Entry, ...]:
         setting = (float(entry.sample_rate), float(entry.noise_multiplier))
         steps[setting] = steps.get(setting, 0) + entry.steps
     return tuple(Entry(noise, rate, steps[(rate, noise)]) for rate, noise in sorted(steps))
+
+
+def as_one(history: Iterable[Entry], examples: int) -> tuple[Entry, ...]:
+    """A history that is no better for one example than the given one is for a person with `examples` of them.
+
+    At least one of them is drawn with probability 1 - (1 - q)^k; the sum then moves by at most k clip norms.
+    """
+    return tuple(
+        Entry(
+            entry.noise_multiplier / examples,
+            -math.expm1(examples * math.log1p(-entry.sample_rate)) if entry.sample_rate < 1 else 1.0,
+            entry.steps,
+        )
+        for entry in history
+    )

@@ -13,11 +13,12 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.privacy import renyi
 from fed_dpprune.privacy.cache import Figures
-from fed_dpprune.privacy.history import Entry, merge
+from fed_dpprune.privacy.history import Entry, as_one, merge
 
 REVISION = 1
 _log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def lookup(accountant: str) -> Accountant:
     return ACCOUNTANTS[accountant]
 
 
+@lru_cache(maxsize=16)
 def version(accountant: str) -> str:
     """Name, library and version, as printed beside every epsilon: "pld (dp-accounting 0.6.0)"."""
     library = lookup(accountant).library
@@ -85,7 +87,7 @@ def compute(history: History, delta: float, accountant: str) -> tuple[float, boo
         try:
             figure = importlib.import_module(lookup(name).module).epsilons([history], delta)[0]
         except (ArithmeticError, ValueError, RuntimeError, MemoryError, IndexError, TypeError) as error:
-            _log.warning("accountant %s failed (%s); falling back to a looser one", name, error)
+            _log.info("accountant %s failed (%s); falling back to a looser one", name, error)
             continue
         # A figure that is no number, or infinite where a looser bound may be finite, is a failure as well.
         if math.isfinite(figure):
@@ -99,17 +101,23 @@ def _family(history: History, delta: float, accountant: str) -> str:
     return f"epsilon {version(accountant)} revision {REVISION} delta {delta!r} settings {settings}"
 
 
+def _known(history: History, delta: float, accountant: str, cache: Figures) -> tuple[dict[str, float], str, str]:
+    """(figures of the history's family in memory, the family, the history's key); the cache is read when needed."""
+    family = _family(history, delta, accountant)
+    key = ",".join(str(entry.steps) for entry in history)
+    known = _memory.setdefault(family, {})
+    if key not in known:
+        known.update(cache.read(family))
+    return known, family, key
+
+
 def _figures(histories: Sequence[History], delta: float, accountant: str, cache: Figures | None) -> list[float]:
     """Epsilon of canonical histories, each computed at most once; one read and one write per family."""
     cache = cache or Figures()
     fresh: dict[str, dict[str, float]] = {}
     results = []
     for history in histories:
-        family = _family(history, delta, accountant)
-        key = ",".join(str(entry.steps) for entry in history)
-        known = _memory.setdefault(family, {})
-        if key not in known:
-            known.update(cache.read(family))
+        known, family, key = _known(history, delta, accountant, cache)
         if key not in known:
             known[key], by_name = compute(history, delta, accountant)
             if by_name:
@@ -139,6 +147,15 @@ def epsilon(history: Sequence[Entry], delta: float, accountant: str = "pld", cac
     check_delta(delta)
     canonical = merge(history)
     return _figures([canonical], delta, accountant, cache)[0] if canonical else 0.0
+
+
+def known(history: Sequence[Entry], delta: float, accountant: str = "pld", cache: Figures | None = None) -> bool:
+    """Whether `epsilon` of this history answers from memory or cache, without loading an accountant."""
+    canonical = merge(history)
+    if not canonical:
+        return True
+    figures, _, key = _known(canonical, delta, accountant, cache or Figures())
+    return key in figures
 
 
 def epsilons(
@@ -175,3 +192,23 @@ def epsilon_curve(
     """
     prefixes = [[Entry(noise_multiplier, sample_rate, count)] if count else [] for count in steps]
     return epsilons(prefixes, delta, accountant, cache)
+
+
+def group_epsilon(history: Sequence[Entry], examples: int, delta: float, cache: Figures | None = None) -> float:
+    """Epsilon by pld for a person with `examples` examples; where the exact figure fails, the bound of `as_one`."""
+    check_delta(delta)
+    cache = cache or Figures()
+    canonical = merge(history)
+    family, key = f"group {_family(canonical, delta, 'pld')}", f"{examples}:{','.join(str(e.steps) for e in canonical)}"
+    known = _memory.setdefault(family, {})
+    if key not in known:
+        known.update(cache.read(family))
+    if key not in known:
+        try:
+            pld = importlib.import_module(lookup("pld").module)
+            known[key] = max(0.0, float(pld.group_epsilon(canonical, examples, delta)))
+        except (ArithmeticError, ValueError, RuntimeError, MemoryError, IndexError, TypeError) as error:
+            _log.info("the exact group price failed (%s); falling back to a bound", error)
+            return epsilon(as_one(canonical, examples), delta, "pld", cache)
+        cache.add(family, {key: known[key]})
+    return known[key]

@@ -1,0 +1,159 @@
+"""Who may touch a ledger file: locks between processes and threads, marks beside the file, safe creation.
+
+POSIX record locks are used: a forked child does not inherit them, and they vanish with their process, killed or not.
+They know nothing of threads and of two openings in one process; the sets and locks here do.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fed_dpprune.errors import LedgerError
+
+_held: set[str] = set()
+_guard = threading.Lock()
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A file next to the ledger: `client.sqlite` and "lock" give `client.sqlite.lock`."""
+    return path.with_name(f"{path.name}.{ending}")
+
+
+def beside_sqlite(path: Path, ending: str) -> Path:
+    """SQLite's own companions: `-wal`, `-shm`, `-journal`."""
+    return path.with_name(path.name + ending)
+
+
+class Lock:
+    """An exclusive lock on `<ledger>.lock`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = beside(path, "lock")
+        self._name = str(self._path.absolute())
+        self._handle = -1
+
+    def acquire(self, wait_s: float = 0.0) -> bool:
+        """Take the lock, waiting at most `wait_s` seconds; whether it was taken."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            if self._try():
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.005)
+
+    def _try(self) -> bool:
+        with _guard:
+            if self._name in _held:
+                return False
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The holder before us may have removed the file that we opened: a lock on it would keep nobody out.
+                current = os.fstat(handle).st_ino == os.stat(self._path).st_ino
+            except OSError:
+                current = False
+            if not current:
+                os.close(handle)
+                return False
+            _held.add(self._name)
+            self._handle = handle
+            return True
+
+    def release(self, remove: bool = False) -> None:
+        """Give the lock back, and remove its file if asked to; nothing when it is not held."""
+        with _guard:
+            if self._handle >= 0:
+                if remove:
+                    self._path.unlink(missing_ok=True)
+                os.close(self._handle)
+                self._handle = -1
+                _held.discard(self._name)
+
+    @contextmanager
+    def held(self, path: Path, wait_s: float) -> Iterator[None]:
+        """The lock for the length of a block.
+
+        Raises:
+            LedgerError: Somebody else held it for `wait_s` seconds.
+        """
+        if not self.acquire(wait_s):
+            raise LedgerError(str(path), f"is in use by another process for {wait_s:g} s", "stop that process, or try again")
+        try:
+            yield
+        finally:
+            self.release()
+
+
+def _forget_after_fork() -> None:
+    """A forked child holds none of its parent's locks."""
+    global _guard
+    _guard = threading.Lock()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def create_private(path: Path) -> None:
+    """Make an empty file that only its owner can read (0600), its directory with 0700 when that is missing.
+
+    Raises:
+        LedgerError: The file exists, or the place is not writable.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        sync_directory(path.parent)
+    except FileExistsError:
+        raise LedgerError(str(path), "exists already", "open it, or name another file") from None
+    except OSError as error:
+        raise LedgerError(str(path), f"cannot be made ({error.strerror})", "name a file in a directory that you own") from None
+
+
+def check_private(path: Path) -> None:
+    """Refuse a ledger that other users could read or replace.
+
+    Raises:
+        LedgerError: The file's mode, or a directory that others may write.
+    """
+    try:
+        file, directory = os.stat(path), os.stat(path.parent)
+    except OSError as error:
+        raise LedgerError(str(path), f"cannot be read ({error.strerror})") from None
+    if stat.S_IMODE(file.st_mode) & 0o077:
+        raise LedgerError(str(path), f"has mode {stat.S_IMODE(file.st_mode):o}: others can read it", f"chmod 600 {path}")
+    if directory.st_mode & 0o022 and not directory.st_mode & stat.S_ISVTX:
+        raise LedgerError(str(path), "lies in a directory that others can write", f"chmod go-w {path.parent}")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file in one durable step, mode 0600."""
+    temporary = beside(path, f"{os.getpid()}.tmp")
+    handle = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

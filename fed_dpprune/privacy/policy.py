@@ -1,0 +1,163 @@
+"""The client's own limits, set by its operator; nothing that a server sends can widen them.
+
+Every comparison is written so that a number that is not a number is refused. All that leaves a client is a code; what a
+code means, and what would have fitted, is worked out by whoever reads it, from what it knows itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fed_dpprune import config as cfg
+from fed_dpprune.errors import ClientFault, ConfigError
+
+REFUSAL_CODES: dict[str, str] = {
+    "noise-multiplier-below-policy": "the noise multiplier is below the client's smallest (policy.min-noise-multiplier)",
+    "sample-rate-above-policy": "the sample rate is above the client's largest (policy.max-sample-rate), or is no rate",
+    "steps-above-policy": "the round has more steps than the client allows (policy.max-steps-per-round)",
+    "delta-above-policy": "delta is not below 1 / nominal size, or above the client's own",
+    "clip-norm-out-of-range": "the clip norm is outside the range in which the arithmetic keeps its promise",
+    "release-not-allowed": "a release beside the update is asked for that the client does not allow (policy.allow-releases)",
+    "provenance-not-allowed": "the support comes from where the client does not allow (policy.allow-provenance)",
+    "budget-exhausted": "the state after the round would pass the client's largest epsilon (policy.max-epsilon)",
+}
+# Far inside what float32 sums of clipped gradients hold exactly enough; outside, an overflow or underflow could tell.
+LEAST_CLIP_NORM, MOST_CLIP_NORM = 1e-6, 1e6
+
+NODE_KEYS = (
+    "policy-max-epsilon",
+    "policy-min-noise-multiplier",
+    "policy-max-sample-rate",
+    "policy-max-steps-per-round",
+    "policy-delta",
+    "policy-allow-releases",
+    "policy-allow-provenance",
+)
+
+
+@dataclass(frozen=True)
+class ClientPolicy:
+    """What one client allows.
+
+    Attributes:
+        max_epsilon: Largest epsilon over all runs of the ledger, after the charge; None for no limit.
+        delta: Largest delta of a claim, None for anything below 1 / nominal size.
+        min_noise_multiplier: Smallest noise multiplier; zero noise is refused in any case.
+        max_sample_rate: Largest sample rate.
+        max_steps_per_round: Most private steps in one round.
+        allow_releases: Names of releases beside the update that may leave.
+        allow_provenance: Where supports may come from.
+    """
+
+    max_epsilon: float | None = None
+    delta: float | None = None
+    min_noise_multiplier: float = 0.0
+    max_sample_rate: float = 1.0
+    max_steps_per_round: int = 1000
+    allow_releases: tuple[str, ...] = ()
+    allow_provenance: tuple[str, ...] = ("random", "data-free", "public")
+
+    @classmethod
+    def from_config(cls, policy: cfg.Policy, delta: float | None = None) -> ClientPolicy:
+        """The [policy] table of a simulation."""
+        return cls(
+            policy.max_epsilon,
+            delta,
+            policy.min_noise_multiplier,
+            policy.max_sample_rate,
+            policy.max_steps_per_round,
+            policy.allow_releases,
+            policy.allow_provenance,
+        )
+
+    @classmethod
+    def from_node_config(cls, node: Mapping[str, Any]) -> ClientPolicy:
+        """The `policy-*` keys of a SuperNode's node-config; all others are left alone.
+
+        Raises:
+            ConfigError: An unknown `policy-` key (a misspelt limit must not be no limit), or an impossible value.
+        """
+        unknown = [key for key in node if key.startswith("policy-") and key not in NODE_KEYS]
+        if unknown:
+            raise ConfigError(f"node-config {unknown[0]}", "is not a policy key", f"use one of {', '.join(NODE_KEYS)}")
+        given = {key.removeprefix("policy-"): value for key, value in node.items() if key in NODE_KEYS}
+        delta = given.pop("delta", "")
+        try:
+            policy = cfg.Policy.model_validate(given)
+            limit = None if delta == "" else float(delta)
+        except ValueError as error:
+            raise ConfigError("node-config policy-*", _first_line(error), "see docs/privacy.md for the keys") from None
+        if limit is not None and not 0 < limit < 1:
+            raise ConfigError("node-config policy-delta", f"{delta!r} is not between 0 and 1", "for example 1e-5")
+        return cls.from_config(policy, limit)
+
+    def check(
+        self,
+        *,
+        noise_multiplier: float,
+        sample_rate: float,
+        steps: int,
+        delta: float,
+        clip_norm: float,
+        provenance: str,
+        nominal_size: int,
+        releases: Sequence[str] = (),
+    ) -> None:
+        """Refuse a round that this client does not allow, before anything is charged or computed.
+
+        Args:
+            noise_multiplier: As the terms state it; this and the next five come from the server.
+            sample_rate: Poisson rate of each step.
+            steps: Private steps of the round.
+            delta: The claim's.
+            clip_norm: As used.
+            provenance: Of the round's support.
+            nominal_size: The client's own declared size.
+            releases: What would leave beside the update.
+
+        Raises:
+            ClientFault: With a code of REFUSAL_CODES; `budget-exhausted` comes from the ledger instead.
+        """
+        if not (0 < noise_multiplier < math.inf and noise_multiplier >= self.min_noise_multiplier):
+            raise ClientFault("noise-multiplier-below-policy", f"{noise_multiplier!r} < {self.min_noise_multiplier!r}")
+        if not 0 < sample_rate <= min(self.max_sample_rate, 1.0):
+            raise ClientFault("sample-rate-above-policy", f"{sample_rate!r} > {self.max_sample_rate!r}")
+        if not 1 <= steps <= self.max_steps_per_round:
+            raise ClientFault("steps-above-policy", f"{steps!r} > {self.max_steps_per_round!r}")
+        if not (0 < delta < 1 / max(nominal_size, 1) and (self.delta is None or delta <= self.delta)):
+            raise ClientFault("delta-above-policy", f"{delta!r}")
+        if not LEAST_CLIP_NORM <= clip_norm <= MOST_CLIP_NORM:
+            raise ClientFault("clip-norm-out-of-range", f"{clip_norm!r}")
+        for release in releases:
+            if release not in self.allow_releases:
+                raise ClientFault("release-not-allowed", release)
+        if provenance not in self.allow_provenance:
+            raise ClientFault("provenance-not-allowed", provenance)
+
+    def explain(self, code: str) -> str:
+        """Which limit of this policy a refusal met, and what would fit; for whoever knows the policy.
+
+        Args:
+            code: One of REFUSAL_CODES.
+        """
+        fits = {
+            "noise-multiplier-below-policy": f"it takes at least {self.min_noise_multiplier:g}",
+            "sample-rate-above-policy": f"it takes at most {self.max_sample_rate:g}",
+            "steps-above-policy": f"it takes at most {self.max_steps_per_round}",
+            "delta-above-policy": f"it takes at most {self.delta:g}" if self.delta else "it takes less than 1 / nominal size",
+            "clip-norm-out-of-range": f"it takes {LEAST_CLIP_NORM:g} to {MOST_CLIP_NORM:g}",
+            "release-not-allowed": f"it allows {', '.join(self.allow_releases) or 'none'}",
+            "provenance-not-allowed": f"it allows {', '.join(self.allow_provenance) or 'none'}",
+            "budget-exhausted": f"its limit is {self.max_epsilon:g}"
+            if self.max_epsilon is not None
+            else "it has spent its limit",
+        }
+        return f"{REFUSAL_CODES[code]}; {fits[code]}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[1:3]) if len(lines) > 1 else str(error)
