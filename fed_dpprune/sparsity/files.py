@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 from numpy.typing import NDArray
 
 from fed_dpprune import records
@@ -17,6 +21,8 @@ from fed_dpprune.sparsity.support import PROVENANCES, Support, from_mask
 
 KEY = "sparsity.prune.file"
 SUFFIXES = (".npz", ".safetensors")
+# What the readers raise on a file that is cut short, changed, or of another kind.
+DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError)
 
 
 def _refuse(path: Path, why: str) -> ConfigError:
@@ -35,12 +41,8 @@ def save(path: Path, support: Support, layout: Layout) -> None:
     packed = np.packbits(support.mask, bitorder="little")
     facts = {"d": str(support.d), "provenance": support.provenance, "layout": layout.digest, "support": support.digest}
     if path.suffix == ".safetensors":
-        from safetensors.numpy import save as encode
-
-        records.write_atomically(path, encode({"mask": packed}, metadata=facts))
+        records.write_atomically(path, safetensors.numpy.save({"mask": packed}, metadata=facts))
     elif path.suffix == ".npz":
-        import io
-
         buffer = io.BytesIO()
         np.savez(buffer, mask=packed, facts=np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8))
         records.write_atomically(path, buffer.getvalue())
@@ -51,12 +53,10 @@ def save(path: Path, support: Support, layout: Layout) -> None:
 def _read(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any]]:
     """The packed mask and the facts beside it; nothing in the file is executed."""
     if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, framework="numpy") as file:
+        with safetensors.safe_open(path, framework="numpy") as file:
             return file.get_tensor("mask"), dict(file.metadata() or {})
     with np.load(path, allow_pickle=False) as file:
-        return file["mask"], json.loads(file["facts"].tobytes())
+        return file["mask"], dict(json.loads(file["facts"].tobytes()))
 
 
 def load(path: Path, layout: Layout) -> Support:
@@ -71,7 +71,7 @@ def load(path: Path, layout: Layout) -> Support:
         raise ConfigError(KEY, f"there is no file {path}", "`fed_dpprune.sparsity.files.save` writes one")
     try:
         packed, facts = _read(path)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise _refuse(path, f"cannot be read ({type(error).__name__})") from None
     if facts.get("provenance") not in PROVENANCES:
         raise _refuse(path, "does not say where its support came from")
