@@ -10,7 +10,7 @@ with synchronous NORMAL, which survives kill -9 but does not claim power loss. `
 data over all runs, locked for each operation so that several processes may serve; settings that survive power loss, a mark
 beside the file that betrays a missing or older copy, and files that nobody else can read.
 
-Lives here: storing and refusing. Does not live here: what a charge costs (`budget.py`), what an operator allows
+Lives here: storing and refusing. Does not live here: what a row holds (`rows.py`), what a charge costs (`budget.py`), what an operator allows
 (`policy.py`), how it is shown (`report.py`).
 """
 
@@ -19,186 +19,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from fed_dpprune.errors import ClientFault, LedgerError
-from fed_dpprune.privacy import locks
+from fed_dpprune.privacy import locks, rows
 from fed_dpprune.privacy.accountants import table
 from fed_dpprune.privacy.budget import Account, Declaration, entries_from, entries_text
 from fed_dpprune.privacy.cache import Figures
 from fed_dpprune.privacy.history import Entry
+from fed_dpprune.privacy.rows import DEPLOYMENT, SIMULATION, Charge, ClientSpent, Head, Mode, Request, RunSpent
 
-SCHEMA = 1
-SIMULATION, DEPLOYMENT = "simulation", "deployment"
-Mode = Literal["simulation", "deployment"]
+__all__ = ["DEPLOYMENT", "SIMULATION", "Charge", "ClientSpent", "Head", "Ledger", "Request", "RunSpent"]
+
 WAIT_S = 30.0
 # Rounds whose epsilon is computed at once in a deployment, where the next round may be a new process.
 AHEAD = 32
 # Two connections that write or checkpoint at the same instant could corrupt a write-ahead log before this version.
 WAL_IS_SAFE_FROM = (3, 51, 3)
-
-_TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE charges (
-    number INTEGER PRIMARY KEY CHECK (number >= 1),
-    client TEXT NOT NULL,
-    request_key TEXT NOT NULL UNIQUE CHECK (length(request_key) >= 16),
-    run TEXT NOT NULL,
-    round INTEGER NOT NULL CHECK (round >= 1),
-    purpose TEXT NOT NULL,
-    entries TEXT NOT NULL,
-    steps INTEGER NOT NULL CHECK (steps >= 1),
-    accountant TEXT NOT NULL,
-    rule TEXT NOT NULL CHECK (rule IN ('schedule', 'filter')),
-    epsilon REAL CHECK (epsilon >= 0),
-    run_epsilon REAL CHECK (run_epsilon >= 0),
-    max_epsilon REAL CHECK (max_epsilon > 0),
-    declaration TEXT,
-    previous TEXT NOT NULL,
-    digest TEXT NOT NULL
-);
-CREATE INDEX charges_by_client ON charges (client, number);
-CREATE TABLE replies (
-    request_key TEXT PRIMARY KEY REFERENCES charges (request_key),
-    round INTEGER NOT NULL,
-    digest TEXT NOT NULL,
-    reply BLOB
-);
-CREATE TRIGGER charges_stay BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'charges are append-only'); END;
-CREATE TRIGGER charges_last BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'charges are append-only'); END;
-CREATE TRIGGER meta_stays BEFORE UPDATE ON meta BEGIN SELECT RAISE(ABORT, 'meta is fixed'); END;
-CREATE TRIGGER meta_lasts BEFORE DELETE ON meta BEGIN SELECT RAISE(ABORT, 'meta is fixed'); END;
-CREATE TRIGGER replies_last BEFORE DELETE ON replies BEGIN SELECT RAISE(ABORT, 'replies are kept or blanked'); END;
-CREATE TRIGGER replies_stay BEFORE UPDATE ON replies
-    WHEN NEW.reply IS NOT NULL OR NEW.digest IS NOT OLD.digest OR NEW.request_key IS NOT OLD.request_key
-    BEGIN SELECT RAISE(ABORT, 'replies are kept or blanked'); END;
-"""
-_FIELDS = (
-    "number",
-    "client",
-    "request_key",
-    "run",
-    "round",
-    "purpose",
-    "entries",
-    "steps",
-    "accountant",
-    "rule",
-    "epsilon",
-    "run_epsilon",
-    "max_epsilon",
-    "declaration",
-    "previous",
-)
-_COLUMNS = ", ".join((*_FIELDS, "digest"))
-
-
-@dataclass(frozen=True)
-class Request:
-    """One client's part of a round that is to be charged.
-
-    Args:
-        client: The client's name in this ledger (its partition id in a simulation).
-        request_key: Digest of the whole request, in hex; the same request has the same one.
-        run: The run's identity.
-        round: Counts from 1.
-        entries: What the round spends: its private steps, and each privatised side release.
-        rounds: Rounds that the run declares; a client's first charge fixes its schedule with it.
-        purpose: In a word, for the reader of the ledger.
-
-    Raises:
-        ValueError: A key that is no digest, a count below 1, no entries.
-    """
-
-    client: str
-    request_key: str
-    run: str
-    round: int
-    entries: tuple[Entry, ...]
-    rounds: int = 1
-    purpose: str = "train"
-
-    def __post_init__(self) -> None:
-        if len(self.request_key) < 16 or not set(self.request_key) <= set("0123456789abcdef"):
-            raise ValueError(f"a request's key is a digest in hex, not {self.request_key!r}")
-        if self.round < 1 or self.rounds < 1:
-            raise ValueError("rounds count from 1")
-        if not self.entries:
-            raise ValueError("a charge needs at least one entry")
-
-
-@dataclass(frozen=True)
-class Charge:
-    """A charge that is committed.
-
-    Attributes:
-        number: Its place in the ledger, from 1.
-        status: "new", or "replay" when this request was charged before.
-        epsilon: The client's cumulative epsilon after it.
-        reply: For a replay, the stored reply; None when none was stored, which means that none was sent.
-    """
-
-    number: int
-    status: Literal["new", "replay"]
-    epsilon: float
-    reply: bytes | None = None
-
-
-@dataclass(frozen=True)
-class RunSpent:
-    """What one client spent in one run; `epsilon` is that of the run alone."""
-
-    run: str
-    rounds: int
-    steps: int
-    entries: tuple[Entry, ...]
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class ClientSpent:
-    """What one client spent in all. `limit` is the one in force at the last charge, None when there was none."""
-
-    client: str
-    epsilon: float
-    rule: str
-    accountant: str
-    limit: float | None
-    entries: tuple[Entry, ...]
-    runs: tuple[RunSpent, ...]
-
-
-@dataclass(frozen=True)
-class Head:
-    """Where the chain ends: number of charges, and the digest of the last."""
-
-    count: int
-    digest: str
-
-
-def _canonical(values: Sequence[Any]) -> str:
-    return json.dumps(list(values), separators=(",", ":"))
-
-
-def _digest(values: Sequence[Any]) -> str:
-    return hashlib.sha256(_canonical(values).encode()).hexdigest()
-
-
-def _finite(value: float) -> float | None:
-    """SQLite and JSON have no infinity; none is what no finite figure looks like on disk."""
-    return value if math.isfinite(value) else None
-
-
-def _from_disk(value: float | None) -> float:
-    return math.inf if value is None else value
 
 
 class Ledger:
@@ -259,7 +102,7 @@ class Ledger:
         if mode == DEPLOYMENT and ledger._mark.exists():
             ledger._missing()
         meta = {
-            "schema": str(SCHEMA),
+            "schema": str(rows.SCHEMA),
             "identity": identity,
             "mode": mode,
             "unit": unit,
@@ -271,7 +114,7 @@ class Ledger:
         with ledger._faults():
             ledger._connect()
             ledger._execute("BEGIN IMMEDIATE")
-            for statement in _statements(_TABLES):
+            for statement in _statements(rows.TABLES):
                 ledger._execute(statement)
             ledger._sql.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
             ledger._execute("COMMIT")
@@ -362,7 +205,7 @@ class Ledger:
         try:
             with self._exclusive():
                 self._load()
-                for key, wanted in (("schema", str(SCHEMA)), ("identity", identity), ("mode", self.mode)):
+                for key, wanted in (("schema", str(rows.SCHEMA)), ("identity", identity), ("mode", self.mode)):
                     if self.meta.get(key) != wanted:
                         why = f"its {key} is {self.meta.get(key)!r}, not {wanted!r}"
                         raise LedgerError(str(self.path), why, "every budget has a file of its own; name the right one")
@@ -489,14 +332,14 @@ class Ledger:
             sum(entry.steps for entry in request.entries),
             table.version(self.accountant),
             verdict.rule,
-            _finite(verdict.epsilon),
-            _finite(verdict.run_epsilon),
+            rows.to_disk(verdict.epsilon),
+            rows.to_disk(verdict.run_epsilon),
             max_epsilon,
             verdict.declaration.text() if verdict.declaration else None,
             self._head.digest,
         )
-        digest = _digest(row)
-        self._execute(f"INSERT INTO charges ({_COLUMNS}) VALUES ({', '.join('?' * (len(row) + 1))})", (*row, digest))
+        digest = rows.digest(row)
+        self._execute(f"INSERT INTO charges ({rows.COLUMNS}) VALUES ({', '.join('?' * (len(row) + 1))})", (*row, digest))
         self._take(row, digest)
         return Charge(row[0], "new", verdict.epsilon)
 
@@ -506,10 +349,10 @@ class Ledger:
             raise LedgerError(str(self.path), "one request was charged before with another content")
         stored = self._row("SELECT reply, digest FROM replies WHERE request_key = ?", (request.request_key,))
         if stored is None:
-            return Charge(number, "replay", _from_disk(epsilon))
+            return Charge(number, "replay", rows.from_disk(epsilon))
         if stored[0] is None:
             return ClientFault("older-round", "its reply has been forgotten")
-        return Charge(number, "replay", _from_disk(epsilon), self._intact(*stored))
+        return Charge(number, "replay", rows.from_disk(epsilon), self._intact(*stored))
 
     def _intact(self, reply: bytes, digest: str) -> bytes:
         if hashlib.sha256(reply).hexdigest() != digest:
@@ -605,7 +448,7 @@ class Ledger:
             select = "SELECT run, run_epsilon FROM charges WHERE client = ? ORDER BY number"
             figures = dict(self._execute(select, (client,)).fetchall())
             return [
-                RunSpent(run, account.rounds[run], sum(entry.steps for entry in entries), entries, _from_disk(figures[run]))
+                RunSpent(run, account.rounds[run], sum(entry.steps for entry in entries), entries, rows.from_disk(figures[run]))
                 for run, entries in account.by_run.items()
             ]
 
@@ -620,7 +463,7 @@ class Ledger:
                 return ClientSpent(client, 0.0, "schedule", table.version(self.accountant), None, (), ())
             epsilon, rule, accountant, limit = last
             return ClientSpent(
-                client, _from_disk(epsilon), rule, accountant, limit, tuple(self.history(client)), tuple(self.runs(client))
+                client, rows.from_disk(epsilon), rule, accountant, limit, tuple(self.history(client)), tuple(self.runs(client))
             )
 
     def rounds_left(self, client: str, entries: Sequence[Entry], max_epsilon: float) -> int:
@@ -750,9 +593,9 @@ class Ledger:
         with self._loading():
             self.meta = dict(self._execute("SELECT key, value FROM meta").fetchall())
             fixed = sorted((key, value) for key, value in self.meta.items() if key != "data-fingerprint")
-            self._accounts, self._head = {}, Head(0, _digest(fixed))
-            for *row, digest in self._execute(f"SELECT {_COLUMNS} FROM charges ORDER BY number"):
-                if row[0] != self._head.count + 1 or row[-1] != self._head.digest or digest != _digest(row):
+            self._accounts, self._head = {}, Head(0, rows.digest(fixed))
+            for *row, digest in self._execute(f"SELECT {rows.COLUMNS} FROM charges ORDER BY number"):
+                if row[0] != self._head.count + 1 or row[-1] != self._head.digest or digest != rows.digest(row):
                     raise LedgerError(str(self.path), f"charge {row[0]} does not continue the chain", "restore the newest copy")
                 self._take(tuple(row), digest)
             self._version = self._one("PRAGMA data_version")
@@ -769,7 +612,7 @@ class Ledger:
 
     def _take(self, row: tuple[Any, ...], digest: str) -> None:
         """Take a row that is in the file into memory."""
-        values = dict(zip(_FIELDS, row, strict=True))
+        values = dict(zip(rows.FIELDS, row, strict=True))
         account = self._accounts.setdefault(values["client"], Account(self.delta))
         declared = Declaration.from_text(values["declaration"]) if values["declaration"] else None
         account.add(values["run"], values["round"], entries_from(values["entries"]), declared)
@@ -778,7 +621,7 @@ class Ledger:
     def _holds(self, head: Head) -> bool:
         if head.count == 0:
             fixed = sorted((key, value) for key, value in self.meta.items() if key != "data-fingerprint")
-            return head.digest == _digest(fixed)
+            return head.digest == rows.digest(fixed)
         row = self._row("SELECT digest FROM charges WHERE number = ?", (head.count,))
         return row is not None and bool(row[0] == head.digest)
 
