@@ -156,11 +156,10 @@ class Progress:
 
     Args:
         screen: Where to. A screen that goes away (a closed pipe) ends the showing, not the run.
-        done: Rounds that a resumed run brings along.
     """
 
-    def __init__(self, screen: Screen, *, done: int = 0) -> None:
-        self._screen, self._done, self._shown_round = screen, done, 0
+    def __init__(self, screen: Screen) -> None:
+        self._screen, self._shown_round = screen, 0
         self._started = time.monotonic()
         self._notes: list[str] = []
         self._bar: RichProgress | None = None
@@ -184,18 +183,17 @@ class Progress:
 
     def round_done(self, record: RoundRecord, rounds: int, epsilon_so_far: float, megabytes: float) -> None:
         """A round has ended. `megabytes` (10^6 bytes) is the uplink payload of all rounds so far."""
-        self._done += 1
         shown = figures(record, epsilon_so_far, megabytes)
         if self._bar is not None:
-            self._bar.update(self._task, description="training", total=rounds, completed=self._done, figures=shown)
-        elif self._is_due(rounds):
-            self._shown_round = self._done
-            self._say(f"round {self._done}/{rounds}  {shown}  {time.monotonic() - self._started:.0f} s")
+            self._bar.update(self._task, description="training", total=rounds, completed=record.round, figures=shown)
+        elif self._is_due(record.round, rounds):
+            self._shown_round = record.round
+            self._say(f"round {record.round}/{rounds}  {shown}  {time.monotonic() - self._started:.0f} s")
 
-    def _is_due(self, rounds: int) -> bool:
+    def _is_due(self, round_: int, rounds: int) -> bool:
         """Without a terminal a long run prints its first, its last, and evenly spaced rounds between."""
         stride = -(-rounds // MOST_ROUND_LINES)
-        return self._done in (1, rounds) or self._done - self._shown_round >= stride
+        return round_ in (1, rounds) or round_ - self._shown_round >= stride
 
     def note(self, text: str) -> None:
         """Something the user should know now; each text once, and the first few only (the log has them all)."""

@@ -19,9 +19,9 @@ def _record(round_: int, accuracy: float = 0.5) -> RoundRecord:
 
 def _plain(rounds: int, *, done: int = 0) -> list[str]:
     out = io.StringIO()
-    with Progress(Screen(out, io.StringIO()), done=done) as progress:
+    with Progress(Screen(out, io.StringIO())) as progress:
         progress.phase("starting Ray")
-        for round_ in range(done, rounds):
+        for round_ in range(done + 1, rounds + 1):
             progress.round_done(_record(round_, 0.25), rounds, 0.1 * round_, 0.01 * round_)
     return out.getvalue().splitlines()
 
@@ -36,7 +36,7 @@ def test_without_a_terminal_a_run_of_any_length_is_at_most_25_lines_with_first_a
 
 
 def test_a_plain_line_carries_accuracy_epsilon_and_bytes():
-    assert "accuracy 0.250  epsilon 0.10  0.01 MB up" in _plain(2)[2]
+    assert "accuracy 0.250  epsilon 0.20  0.02 MB up" in _plain(2)[2]
 
 
 def test_a_resumed_run_counts_on():
@@ -78,7 +78,7 @@ def test_a_reader_that_goes_away_does_not_stop_the_run():
     with os.fdopen(os.dup(writing), "w", buffering=1) as pipe:
         with Progress(Screen(pipe, pipe)) as progress:
             progress.note("nobody hears this")
-            progress.round_done(_record(0), 2, 0.0, 0.0)
+            progress.round_done(_record(1), 2, 0.0, 0.0)
         # Nothing is left for the file to write when it closes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), pipe.fileno())
     os.close(writing)
@@ -97,7 +97,7 @@ with quiet_screen(Path(sys.argv[1])) as screen, Progress(screen) as progress:
     progress.phase("starting Ray")
     time.sleep(0.3)
     print("chatter")
-    for r in range(4):
+    for r in range(1, 5):
         progress.round_done(RoundRecord(r, 0.9, 1.0, 10, "d", 1.0, 1, 1, 1, 1, ClientCounts()), 4, 3.99, 1.25)
         time.sleep(0.05)
     progress.note("client 3 [failed]")

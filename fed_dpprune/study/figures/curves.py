@@ -19,7 +19,7 @@ class Curves:
     """What the picture shows; all sequences have one entry per completed round.
 
     Attributes:
-        rounds: Their numbers as counted for people, 1 for the first.
+        rounds: Their numbers, from 1.
         accuracy: On held-out test data, 0..1; NaN where it was not measured.
         epsilon: Of the client that has spent most, so far.
         bytes_up: Uplink payload of all rounds so far.
@@ -40,7 +40,7 @@ class Curves:
 def from_records(records: Sequence[RoundRecord], *, delta: float, dense_bytes_up: int, name: str = "") -> Curves:
     """The curves of records in memory."""
     return Curves(
-        range(1, len(records) + 1),
+        [record.round for record in records],
         [record.accuracy for record in records],
         [record.epsilon_max for record in records],
         list(accumulate(record.bytes_up for record in records)),
@@ -57,7 +57,7 @@ def read(run_dir: Path) -> Curves:
     if (run_dir / "summary.json").exists():
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     return Curves(
-        range(1, len(lines) + 1),
+        [int(line["round"]) for line in lines],
         [_number(line["accuracy"]) for line in lines],
         [_number(line["epsilon_max"]) for line in lines],
         list(accumulate(int(line["bytes_up"]) for line in lines)),
@@ -100,7 +100,7 @@ def _over_rounds(accuracy: Any, epsilon: Any, curves: Curves) -> None:
     epsilon.plot(curves.rounds, curves.epsilon, "--s", color=style.VERMILLION, markevery=every, clip_on=False)
     epsilon.set(xlabel="round", ylabel="epsilon, largest client")
     epsilon.xaxis.get_major_locator().set_params(integer=True)
-    epsilon.set_xlim(0, len(curves.rounds) + 0.5)
+    epsilon.set_xlim(0, curves.rounds[-1] + 0.5)
     if _finite(curves.epsilon):
         epsilon.set_ylim(0, max(_finite(curves.epsilon)) * 1.25)
     _label_last(epsilon, curves.rounds, curves.epsilon, f"{curves.epsilon[-1]:.2f}", style.VERMILLION)
