@@ -40,6 +40,7 @@ def test_entry_points_are_one_import_and_one_assignment(side):
     assert (ROOT / side / "__init__.py").read_text(encoding="utf-8") == export_app.room(side)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_flwr_run_in_a_checkout_has_the_quickstarts_values():
     from flwr.common.config import flatten_dict
 
@@ -62,6 +63,7 @@ def test_the_run_config_of_an_exported_app_is_the_config(tmp_path, config_file):
     assert project["project"]["dependencies"] == [f"fed-dpprune=={fed_dpprune.__version__}"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flower's own dependencies
 def test_flower_accepts_the_exported_folder_and_bundles_these_files_alone(tmp_path, config_file):
     from flwr.cli.build import build_fab_from_disk
     from flwr.common.config import validate_config
