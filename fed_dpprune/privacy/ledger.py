@@ -10,8 +10,8 @@ with synchronous NORMAL, which survives kill -9 but does not claim power loss. `
 data over all runs, locked for each operation so that several processes may serve; settings that survive power loss, a mark
 beside the file that betrays a missing or older copy, and files that nobody else can read.
 
-Lives here: storing and refusing. Does not live here: what a row holds (`rows.py`), what a charge costs (`budget.py`), what an operator allows
-(`policy.py`), how it is shown (`report.py`).
+Lives here: storing and refusing. Does not live here: what a row holds (`rows.py`), what a charge costs (`budget.py`), what
+an operator allows (`policy.py`), how it is shown (`report.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -252,7 +253,7 @@ class Ledger:
         """Charge one request; when this returns, the charge is on disk.
 
         Args:
-            client: See `Request`, as the next five.
+            client: See `Request`, as the next five. A deployment's ledger has one client, its identity, whatever is said.
             request_key: Hex digest of the request.
             run: Identity of the run.
             round: Of the run, from 1.
@@ -286,7 +287,9 @@ class Ledger:
             self._refresh()
             self._execute("BEGIN IMMEDIATE")
             try:
-                outcomes = [self._charge(request, max_epsilon) for request in requests]
+                outcomes = [
+                    self._charge(replace(request, client=self._owner(request.client)), max_epsilon) for request in requests
+                ]
                 self._execute("COMMIT")
             except BaseException:
                 # What is in memory may be ahead of the file now; the next call reads it again.
@@ -342,6 +345,10 @@ class Ledger:
         self._execute(f"INSERT INTO charges ({rows.COLUMNS}) VALUES ({', '.join('?' * (len(row) + 1))})", (*row, digest))
         self._take(row, digest)
         return Charge(row[0], "new", verdict.epsilon)
+
+    def _owner(self, client: str) -> str:
+        """Whose budget it is: in a deployment the ledger's own, whatever partition a server names."""
+        return self.meta["identity"] if self.meta["mode"] == DEPLOYMENT else client
 
     def _replay(self, request: Request, number: int, client: str, epsilon: float | None, entries: str) -> Charge | ClientFault:
         # A key names everything that is charged; else a larger computation could hide behind an earlier, smaller charge.
@@ -435,6 +442,7 @@ class Ledger:
         """All that a client has spent, in canonical form; empty for one that never was charged."""
         with self._exclusive():
             self._refresh()
+            client = self._owner(client)
             account = self._accounts.get(client)
             return list(account.history) if account else []
 
@@ -442,6 +450,7 @@ class Ledger:
         """What a client spent, by run, in the order of their first charges."""
         with self._exclusive():
             self._refresh()
+            client = self._owner(client)
             account = self._accounts.get(client)
             if account is None:
                 return []
@@ -455,6 +464,7 @@ class Ledger:
     def spent(self, client: str) -> ClientSpent:
         """What a client spent in all, as it was computed when it was charged."""
         with self._exclusive():
+            client = self._owner(client)
             last = self._row(
                 "SELECT epsilon, rule, accountant, max_epsilon FROM charges WHERE client = ? ORDER BY number DESC LIMIT 1",
                 (client,),
@@ -470,6 +480,7 @@ class Ledger:
         """How many rounds of `entries` a new run may have, by the rule that will be enforced."""
         with self._exclusive():
             self._refresh()
+            client = self._owner(client)
             account = self._accounts.get(client) or Account(self.delta)
             return account.rounds_left(entries, accountant=self.accountant, max_epsilon=max_epsilon, cache=self._cache)
 
