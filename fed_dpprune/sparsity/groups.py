@@ -99,5 +99,8 @@ def items(outer: Support, layout: Layout, granularity: str) -> Items:
     """The items of `outer` at a granularity; only groups with a coordinate in `outer` count."""
     if granularity == "element":
         return Items(outer, None, outer.k)
-    present, labels = np.unique(group_ids(layout, granularity)[outer.indices], return_inverse=True)
-    return Items(outer, labels.astype(np.int64), int(present.size))
+    ids = group_ids(layout, granularity)
+    inside = ids if outer.k == outer.d else ids[outer.indices]
+    present = np.bincount(inside) > 0
+    number = np.cumsum(present) - 1  # groups without a coordinate here are skipped
+    return Items(outer, number[inside], int(present.sum()))

@@ -74,7 +74,7 @@ def scorer(context: CriterionContext) -> Scorer:
             mask = torch.from_numpy(live[span].reshape(tensor.shape).astype(np.float64))
             parameters[tensor.name].data = magnitudes[tensor.name] * mask
         with net.one_thread(), Linearised():
-            flow = model(ones).sum()
+            flow = model(ones.clone()).sum()
             through, *gradients = torch.autograd.grad(flow, [ones, *parameters.values()], allow_unused=True)
         products = {
             name: (parameter.detach() * gradient).abs()
