@@ -14,7 +14,7 @@ from fed_dpprune.errors import ConfigError
 from fed_dpprune.models.flat import Layout, Tensor
 from fed_dpprune.sparsity.support import Support, dense, from_mask
 
-BACKENDS = ["reference", "auto"]
+BACKENDS = ["reference", "torch", "auto"]
 
 
 def layout_of(module: nn.Module, frozen: tuple[str, ...] = ()) -> Layout:

@@ -13,10 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fed_dpprune.dpsgd import compiled
 from fed_dpprune.dpsgd.clipping import FLOAT32_SLACK, Clipping
+from fed_dpprune.dpsgd.grad_sample.contribution import Unfit
+from fed_dpprune.dpsgd.layered import LayerEngine
 from fed_dpprune.dpsgd.live import LiveTensor, live_tensors
 from fed_dpprune.dpsgd.reference import MEMORY_BYTES, VmapEngine
+from fed_dpprune.dpsgd.selfcheck import agrees
 from fed_dpprune.dpsgd.validate import check_module
+from fed_dpprune.errors import ConfigError
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.support import Support, dense
 
@@ -65,7 +70,10 @@ class PrivateGradient:
         self.module, self.layout, self.micro_batch = module, layout, micro_batch
         self._parameters = [p for _, p in module.named_parameters()]
         self._dtype = torch.float64 if precision == "float64" else torch.float32
-        self._engine = VmapEngine(module, loss, self._dtype)
+        self._loss = loss
+        self._whole = VmapEngine(module, loss, self._dtype)
+        self._layers = self._layer_engine(backend, precision)
+        self._checked: set[object] = set()
         trainable = [np.arange(s.start, s.stop, dtype=np.int64) for t, s in layout.spans() if not t.frozen]
         everything = dense(layout.d) if len(trainable) == len(layout.tensors) else None
         self._adopt(everything or Support(np.concatenate([np.zeros(0, np.int64), *trainable]), layout.d), None)
@@ -118,19 +126,67 @@ class PrivateGradient:
         An example whose loss or live gradient is not finite adds nothing; it never raises.
         """
         inputs, labels = self._to_device(x), self._to_device(y)
+        if self._live and len(inputs):
+            self._prove(inputs, labels)
         total = np.zeros(self._wide.k, dtype=np.float64)
         size = self.micro_batch or self._micro_batch()
         slack = 0.0 if self._dtype == torch.float64 else FLOAT32_SLACK
         if self._live:
             for start in range(0, len(inputs), size):
                 part = slice(start, start + size)
-                total += self._engine.clipped_sum(self._live, inputs[part], labels[part], clipping, slack)
+                total += self._one_sum(inputs[part], labels[part], clipping, slack)
         if self._place is not None:
             total = total[self._place]
         return total if self._dtype == torch.float64 else total.astype(np.float32)
 
+    @property
+    def route(self) -> str:
+        """How gradients are taken: `compiled` or `torch` (layer rules), or `whole-model` (torch.func over the module)."""
+        if self._layers is None:
+            return "whole-model"
+        return "compiled" if self._layers.kernel else "torch"
+
+    def _layer_engine(self, backend: str, precision: str) -> LayerEngine | None:
+        if backend == "reference" or precision == "float64":
+            return None
+        on_cpu = all(p.device.type == "cpu" for p in self._parameters)
+        kernel = compiled.load() if backend in ("auto", "compiled") and on_cpu else None
+        if backend == "compiled" and kernel is None:
+            reason = compiled.kernel_status()["reason"] if on_cpu else "the model is not on the CPU"
+            raise ConfigError("engine.backend", f"no compiled kernel: {reason}", "use engine.backend = auto")
+        return LayerEngine(self.module, self._loss, kernel, autocast=precision == "bfloat16")
+
+    def _one_sum(self, x: Tensor, y: Tensor, clipping: Clipping, slack: float) -> NDArray[np.float64]:
+        if self._layers is not None:
+            try:
+                total = self._layers.clipped_sum(self._live, x, y, clipping, slack)
+            except Unfit:
+                self._layers = None
+                return self._one_sum(x, y, clipping, slack)
+        else:
+            total = self._whole.clipped_sum(self._live, x, y, clipping, slack)
+        if np.isfinite(total).all():
+            return total
+        # Finite gradients whose products left float32's range on the way: once more in float64, a sum is never let out broken.
+        exact = VmapEngine(self.module, self._loss, torch.float64)
+        return np.nan_to_num(exact.clipped_sum(self._live, x, y, clipping, slack), nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _prove(self, x: Tensor, y: Tensor) -> None:
+        """Once per input shape, on made-up examples: the layer rules must agree with plain autograd, or they are not used.
+
+        Catches what no list of layers can: weights used outside their layer, examples that see each other in the model's own
+        code, a dimension order that only looks like examples first.
+        """
+        signature = (x.shape[1:], x.dtype, y.shape[1:], y.dtype)
+        if self._layers is None or signature in self._checked:
+            return
+        self._checked.add(signature)
+        if not agrees(self._layers, self.layout, x, y):
+            self._layers = None
+
     def _micro_batch(self) -> int:
-        return max(1, MEMORY_BYTES // max(1, self._engine.example_bytes(self._live)))
+        engine = self._layers or self._whole
+        return max(1, MEMORY_BYTES // max(1, engine.example_bytes(self._live)))
 
     def _to_device(self, value: NDArray[np.float32] | NDArray[np.int64] | Tensor) -> Tensor:
         """A tensor in torch's own aligned memory: matrix libraries may round differently on odd addresses."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,14 @@ class LiveTensor:
         shape: Of the whole tensor.
         positions: Sorted flat positions inside the tensor, shape (m,), int64, m >= 1.
         start: Where its m values begin in a vector on the support.
+        cache: What a backend derived from it (masks, index tensors), kept as long as the support.
     """
 
     name: str
     shape: tuple[int, ...]
     positions: NDArray[np.int64]
     start: int
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def count(self) -> int:
@@ -68,6 +71,17 @@ class LiveTensor:
         """Compressed rows: live positions of row r are positions[row_starts[r]:row_starts[r + 1]]; shape (rows + 1,)."""
         edges = np.arange((self.shape[0] if self.shape else 1) + 1, dtype=np.int64) * self.columns
         return np.searchsorted(self.positions, edges)
+
+    @cached_property
+    def within_row(self) -> NDArray[np.int32]:
+        """Place of each live position inside its row, shape (m,), int32."""
+        return (self.positions % self.columns).astype(np.int32)
+
+    @cached_property
+    def product(self) -> bool:
+        """Whether all live rows have the same live columns: dense once rows and columns are picked."""
+        per_row, left_over = divmod(self.count, self.rows.size)
+        return not left_over and bool((self.within_row.reshape(-1, per_row) == self.within_row[:per_row]).all())
 
 
 def live_tensors(layout: Layout, support: Support) -> tuple[LiveTensor, ...]:

@@ -6,6 +6,7 @@ The oracle of the tests (float64), and the route for models that no layer rule f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class VmapEngine:
 
     def __init__(self, module: nn.Module, loss: Loss, dtype: torch.dtype) -> None:
         self.module, self.loss, self.dtype = module, loss, dtype
+        self._batches = True
 
     def example_bytes(self, live: tuple[LiveTensor, ...]) -> int:
         """Rough memory of one example's gradients, to choose a micro-batch."""
@@ -51,8 +53,7 @@ class VmapEngine:
             loss = self.loss(logits, yi.unsqueeze(0)).sum()
             return loss, loss.detach()
 
-        gradient = torch.func.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0, 0), randomness="different")
-        grads, losses = gradient(wanted, self._cast(x), y)
+        grads, losses = self._over_examples(torch.func.grad(one, has_aux=True), wanted, self._cast(x), y)
         place = {t.name: torch.from_numpy(np.array(t.positions)).to(x.device) for t in live}
         return [grads[t.name].flatten(1).index_select(1, place[t.name]) for t in live], losses
 
@@ -69,6 +70,19 @@ class VmapEngine:
             kept = torch.where(f.unsqueeze(1) > 0, g, 0)  # zero times NaN is NaN, so absent examples are cut out, not scaled
             parts.append(f @ kept)
         return torch.cat(parts).double().cpu().numpy()
+
+    def _over_examples(
+        self, gradient: Callable[..., Any], wanted: dict[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """vmap, or a plain loop for modules that vmap cannot run (operations without a batching rule, Python branches)."""
+        if self._batches:
+            try:
+                grads, losses = torch.func.vmap(gradient, in_dims=(None, 0, 0), randomness="different")(wanted, x, y)
+                return grads, losses
+            except RuntimeError:
+                self._batches = False
+        rows, losses = zip(*(gradient(wanted, xi, yi) for xi, yi in zip(x, y, strict=True)), strict=True)
+        return {name: torch.stack([row[name] for row in rows]) for name in wanted}, torch.stack(losses)
 
     def _cast(self, value: Tensor) -> Tensor:
         value = value.detach()

@@ -1,0 +1,180 @@
+"""Linear: with one position per example the weight's gradient is an outer product, and its norm on any mask needs no gradient.
+
+Squared norm of example i on mask M: sum over (o, k) of M[o, k] g[i, o]^2 a[i, k]^2. With several positions (sequences, modules
+called twice) that formula drops cross terms; there the gradients on the live weights are formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fed_dpprune.dpsgd.compiled import Kernel
+from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Unfit, Values, on_device, pick
+from fed_dpprune.dpsgd.grad_sample.sampled import Window, sliding
+from fed_dpprune.dpsgd.live import LiveTensor
+
+CHUNK_BYTES = 32 * 2**20
+# Squares of float32 lose what is below 1e-23. Within this bound that is far below any clip norm; beyond, examples are scaled.
+PLAIN_RANGE = 1e6
+# Sampled products run at about half the speed of dense ones and dense ones need no gathering.
+DENSE_FROM = 0.4
+
+
+def contributions(
+    layer: nn.Module, live: Mapping[str, LiveTensor], calls: Sequence[Call], kernel: Kernel | None
+) -> dict[str, Contribution]:
+    """Rule for nn.Linear; inputs (n, ..., in_features)."""
+    linear = cast(nn.Linear, layer)
+    n = calls[0].gradient.shape[0]
+    if any(call.arguments[0].ndim < 2 for call in calls):
+        raise Unfit("a linear layer without a dimension for the examples")
+    a = torch.cat([call.x.reshape(n, -1, linear.in_features) for call in calls], 1)
+    g = torch.cat([call.g.reshape(n, -1, linear.out_features) for call in calls], 1)
+    found: dict[str, Contribution] = {}
+    if "bias" in live:
+        found["bias"] = Values(pick(g.sum(1), live["bias"]))
+    if "weight" in live:
+        found["weight"] = _weight(a, g, live["weight"], kernel)
+    return found
+
+
+def _weight(a: Tensor, g: Tensor, live: LiveTensor, kernel: Kernel | None) -> Contribution:
+    if a.shape[1] > 1:
+        return _several(a, g, live, kernel)
+    a, g = a.squeeze(1), g.squeeze(1)
+    if live.product:
+        return Outer(a, g, live)
+    if kernel is not None and live.count < DENSE_FROM * live.size:
+        return Sampled(a, g, live, kernel)
+    return Masked(a, g, live)
+
+
+def _several(a: Tensor, g: Tensor, live: LiveTensor, kernel: Kernel | None) -> Contribution:
+    """Gradients over several positions: a convolution with a window of one."""
+    if kernel is not None:
+        wide = a.transpose(1, 2).unsqueeze(2), g.transpose(1, 2).unsqueeze(2)  # (n, features, 1, positions), a view
+        return cast(Contribution, sliding(kernel, *wide, Window(), live, None)[0])
+    size = max(1, CHUNK_BYTES // (4 * live.size))
+    parts = []
+    for start in range(0, a.shape[0], size):
+        part = slice(start, start + size)
+        parts.append(pick(torch.bmm(g[part].transpose(1, 2), a[part]).flatten(1), live))
+    return Values(torch.cat(parts))
+
+
+class _OnePosition(Contribution):
+    """Holds input a (n, in) and output gradient g (n, out)."""
+
+    def __init__(self, a: Tensor, g: Tensor, live: LiveTensor) -> None:
+        self.a, self.g, self.live = a, g, live
+
+    def values(self) -> Tensor:
+        """See Contribution."""
+        positions = on_device(self.live, self.a.device)
+        return self.g.index_select(1, positions // self.live.columns) * self.a.index_select(1, positions % self.live.columns)
+
+
+class Outer(_OnePosition):
+    """Live rows that share their live columns: dense once they are picked; frozen rows and columns cost nothing."""
+
+    def __init__(self, a: Tensor, g: Tensor, live: LiveTensor) -> None:
+        super().__init__(a, g, live)
+        if live.count < live.size:
+            rows, columns = _rows_and_columns(live, a.device)
+            self.g = g if len(rows) == g.shape[1] else g.index_select(1, rows)
+            self.a = a if len(columns) == a.shape[1] else a.index_select(1, columns)
+        self.squared = _squared_norm(self.a) * _squared_norm(self.g)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """See Contribution."""
+        return ((self.g * factors.unsqueeze(1)).T @ self.a).flatten()
+
+    def values(self) -> Tensor:
+        """See Contribution."""
+        return (self.g.unsqueeze(2) * self.a.unsqueeze(1)).flatten(1)
+
+
+class Masked(_OnePosition):
+    """Any mask by dense matrix products: one for the norms, one for the sum, then the live ones are picked."""
+
+    def __init__(self, a: Tensor, g: Tensor, live: LiveTensor) -> None:
+        super().__init__(a, g, live)
+        a_scale, g_scale = _scale(a), _scale(g)
+        mixed = (g / g_scale).square() @ _mask(live, a)
+        per_feature = mixed * (a / a_scale).square()
+        self.squared = per_feature.sum(1, dtype=torch.float64) * (a_scale.double() * g_scale.double()).square().squeeze(1)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """See Contribution."""
+        return ((self.g * factors.unsqueeze(1)).T @ self.a).flatten().index_select(0, on_device(self.live, self.a.device))
+
+
+class Sampled(_OnePosition):
+    """Any mask by the compiled kernel: work in proportion to the live weights."""
+
+    def __init__(self, a: Tensor, g: Tensor, live: LiveTensor, kernel: Kernel) -> None:
+        super().__init__(a.contiguous(), g.contiguous(), live)
+        self._kernel, n = kernel, a.shape[0]
+        self._groups = -(-n // kernel.lanes)
+        a_scale, g_scale = _scale(a).flatten(), _scale(g).flatten()
+        self._turned = self._turn(self.a, 1 / a_scale)
+        self._reusable = bool((a_scale == 1).all())
+        squared = torch.empty(self._groups * kernel.lanes, dtype=torch.float64)
+        self._run(kernel.library.linear_squared, self._turned, self._turn(self.g, 1 / g_scale), squared)
+        self.squared = squared[:n] * (a_scale.double() * g_scale.double()).square()
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """See Contribution."""
+        turned = self._turned if self._reusable else self._turn(self.a, torch.ones_like(factors))
+        out = torch.empty(self.live.count)
+        self._run(self._kernel.library.linear_sum, turned, self._turn(self.g, factors), out)
+        return out
+
+    def _turn(self, source: Tensor, scale: Tensor) -> Tensor:
+        """(n, features) -> (features, n padded), each example times its scale."""
+        n, features = source.shape
+        padded = nn.functional.pad(scale, (0, self._groups * self._kernel.lanes - n))
+        target = torch.empty(features, self._groups * self._kernel.lanes)
+        self._kernel.library.turned(n, features, source.stride(0), source.data_ptr(), padded.data_ptr(), target.data_ptr())
+        return target
+
+    def _run(self, function, a: Tensor, g: Tensor, out: Tensor) -> None:  # type: ignore[no-untyped-def]
+        live = self.live
+        starts, columns = live.row_starts, live.within_row
+        function(self._groups, g.shape[0], a.data_ptr(), g.data_ptr(), starts.ctypes.data, columns.ctypes.data, out.data_ptr())
+
+
+def _squared_norm(value: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(value, dim=1, dtype=torch.float64)
+    return norm.square()
+
+
+def _scale(value: Tensor) -> Tensor:
+    """1 per example, or its largest magnitude when that leaves the plain range; shape (n, 1)."""
+    largest = torch.linalg.vector_norm(value, ord=torch.inf, dim=1, keepdim=True)
+    return torch.where(largest <= PLAIN_RANGE, torch.ones_like(largest), largest)
+
+
+def _rows_and_columns(live: LiveTensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    key = ("rows", str(device))
+    if key not in live.cache:
+        per_row = live.count // live.rows.size
+        columns = torch.tensor(live.within_row[:per_row], device=device, dtype=torch.int64)
+        live.cache[key] = torch.tensor(live.rows, device=device), columns
+    found: tuple[Tensor, Tensor] = live.cache[key]
+    return found
+
+
+def _mask(live: LiveTensor, like: Tensor) -> Tensor:
+    """The mask as floats, shape (out, in)."""
+    key = ("mask", str(like.device), like.dtype)
+    if key not in live.cache:
+        flat = torch.zeros(live.size, device=like.device, dtype=like.dtype)
+        flat[on_device(live, like.device)] = 1
+        live.cache[key] = flat.view(live.shape)
+    found: Tensor = live.cache[key]
+    return found

@@ -1,0 +1,215 @@
+"""Clipped sums by layer rules: one forward, one backward that stops at the layers' outputs, no weight gradient of the batch.
+
+While the pass runs no parameter asks for a gradient, so autograd has none to compute; a tap behind each live layer hands the
+gradient of its output to the layer's rule as soon as the backward pass gets there. Layers before the first live
+one keep no graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fed_dpprune.dpsgd.clipping import Clipping
+from fed_dpprune.dpsgd.compiled import Kernel
+from fed_dpprune.dpsgd.grad_sample import fallback
+from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Rule, Shared, Unfit
+from fed_dpprune.dpsgd.grad_sample.table import rule_for
+from fed_dpprune.dpsgd.live import LiveTensor
+from fed_dpprune.dpsgd.reference import Loss
+
+
+@dataclass(eq=False)
+class Site:
+    """A layer with live parameters, and what it did in the pass under way.
+
+    Attributes:
+        layer: The module.
+        rule: Its rule.
+        live: Its live tensors, by parameter name inside the layer.
+        open: Calls whose gradient has not come back yet.
+        calls: Calls whose gradient has.
+        found: Contributions, one per live tensor, once the layer is through.
+    """
+
+    layer: nn.Module
+    rule: Rule
+    live: dict[str, LiveTensor]
+    open: int = 0
+    calls: list[Call] = field(default_factory=list)
+    found: dict[str, Contribution] = field(default_factory=dict)
+
+
+class LayerEngine:
+    """Clipped sums of one module through the rules of `grad_sample/`.
+
+    Args:
+        module: The model; parameters are read at every call.
+        loss: Per-example losses, (logits, y) -> shape (n,).
+        kernel: The compiled kernel, or None for the torch rules.
+        autocast: Run forward and backward in bfloat16 autocast; norms and sums stay in float32.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss, kernel: Kernel | None, autocast: bool = False) -> None:
+        self.module, self.loss, self.kernel, self.autocast = module, loss, kernel, autocast
+        self.kept: dict[str, float] = {}  # bytes per example and live coordinate that a tensor's contribution holds
+        names: dict[int, str] = {id(p): name for name, p in module.named_parameters()}
+        self._owners: dict[str, list[tuple[nn.Module, str]]] = {}
+        for layer in module.modules():
+            for own, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
+                self._owners.setdefault(names[id(parameter)], []).append((layer, own))
+
+    def example_bytes(self, live: tuple[LiveTensor, ...]) -> int:
+        """Memory that one example's contributions hold until the sum, to choose a micro-batch."""
+        return int(sum(self.kept.get(t.name, 4.0) * t.count for t in live))
+
+    def clipped_sum(
+        self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor, clipping: Clipping, slack: float
+    ) -> NDArray[np.float64]:
+        """Mask, clip, sum over one micro-batch; shape (k,), float64.
+
+        Raises:
+            Unfit: A layer is used in a way that no rule does exactly.
+        """
+        while len(x):
+            contributions, losses = self._contributions(live, x, y)
+            squared = torch.stack([part.squared for part in contributions])
+            squared = torch.where(torch.isfinite(losses), squared, torch.inf).cpu()
+            usable = torch.isfinite(squared.sum(0))
+            if bool(usable.all()):
+                factors = clipping.factors(squared.numpy(), slack)
+                return self._sum(contributions, torch.from_numpy(factors).to(x.device, torch.float32))
+            # Absent examples leave the batch: scaled by zero, their infinities would still poison the sum.
+            x, y = x[usable.to(x.device)], y[usable.to(y.device)]
+        return np.zeros(sum(t.count for t in live))
+
+    def _sum(self, contributions: Sequence[Contribution], factors: Tensor) -> NDArray[np.float64]:
+        parts = [part.weighted_sum(factor) for part, factor in zip(contributions, factors, strict=True)]
+        return torch.cat(parts).double().cpu().numpy()
+
+    def _contributions(self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor) -> tuple[list[Contribution], Tensor]:
+        sites = self._sites(live)
+        if self.kernel is not None:
+            self.kernel.library.use_threads(torch.get_num_threads())
+        with ExitStack() as stack:
+            anchor = stack.enter_context(_no_parameter_gradients(self.module))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_exact_products(x.device))
+            for site in sites:
+                hook = _Hook(site, anchor, len(x), self.kernel)
+                stack.callback(site.layer.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
+                stack.callback(site.layer.register_forward_hook(hook.after, with_kwargs=True).remove)
+            with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+                losses = self.loss(self.module(x), y)
+            if losses.shape != (len(x),):
+                raise ValueError(f"the loss gave shape {tuple(losses.shape)} for {len(x)} examples; it must give one loss each")
+            if losses.requires_grad:
+                torch.autograd.grad(losses.sum(), anchor, allow_unused=True)
+        return self._gather(live, sites), losses.detach()
+
+    def _sites(self, live: tuple[LiveTensor, ...]) -> list[Site]:
+        sites: dict[int, Site] = {}
+        for tensor in live:
+            for layer, own in self._owners[tensor.name]:
+                site = sites.setdefault(id(layer), Site(layer, rule_for(layer), {}))
+                site.live[own] = tensor
+        return list(sites.values())
+
+    def _gather(self, live: tuple[LiveTensor, ...], sites: Sequence[Site]) -> list[Contribution]:
+        parts: dict[str, list[Contribution]] = {tensor.name: [] for tensor in live}
+        for site in sites:
+            if site.open or not site.found:
+                raise Unfit(f"{type(site.layer).__name__} was not run, or its output does not reach the loss")
+            for own, part in site.found.items():
+                parts[site.live[own].name].append(part)
+        return [found[0] if len(found) == 1 else Shared(found) for found in parts.values()]
+
+
+class _Hook:
+    """Sits around one layer for one pass: keeps its arguments, taps its output."""
+
+    def __init__(self, site: Site, anchor: Tensor, n: int, kernel: Kernel | None) -> None:
+        self.site, self.anchor, self.n, self.kernel = site, anchor, n, kernel
+        self._busy = False  # the fallback runs the layer again
+        self._random: Tensor | None = None
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the random state where a second run of the layer would have to draw the same numbers."""
+        if not self._busy and self.site.rule is fallback.contributions:
+            self._random = torch.get_rng_state()
+
+    def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """Tap the output."""
+        if self._busy:
+            return None
+        batched = all(isinstance(a, Tensor) and a.ndim and a.shape[0] == self.n for a in (*args, output))
+        if not args or kwargs or not batched:
+            raise Unfit(f"{type(layer).__name__} takes or returns something other than tensors with the examples in front")
+        if self._random is not None and not torch.equal(self._random, torch.get_rng_state()):
+            raise Unfit(f"{type(layer).__name__} draws random numbers")
+        arguments = tuple(a.detach() for a in args)
+        versions = tuple(a._version for a in arguments)
+        self.site.open += 1
+
+        def arrive(gradient: Tensor) -> None:
+            if tuple(a._version for a in arguments) != versions:
+                raise Unfit(f"the input of {type(layer).__name__} was changed in place after it was used")
+            self.site.calls.append(Call(arguments, gradient))
+            self.site.open -= 1
+            if not self.site.open:
+                self._busy = True
+                self.site.found = self.site.rule(layer, self.site.live, self.site.calls, self.kernel)
+                self.site.calls.clear()
+                self._busy = False
+
+        tapped: Tensor = _Tap.apply(output, self.anchor, arrive)
+        return tapped
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward hands the gradient to a callback. Marked as in-place so that later in-place layers are safe."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, arrive: Any) -> Tensor:
+        ctx.arrive = arrive
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        ctx.arrive(gradient)
+        return gradient if ctx.needs_input_grad[0] else None, None, None
+
+
+@contextmanager
+def _no_parameter_gradients(module: nn.Module) -> Iterator[Tensor]:
+    """No parameter asks for a gradient inside; yields the one leaf that does, so that there is a graph at all."""
+    asked = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        yield torch.zeros((), requires_grad=True, device=next(module.parameters()).device)
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _exact_products(device: torch.device) -> Iterator[None]:
+    """On CUDA, no TF32 inside: ten bits of mantissa are not a norm to clip by."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
