@@ -22,7 +22,17 @@ Value = bool | int | float | str | list[Any]
 LISTS_AS_TEXT = ","
 
 # Keys that the contract fixes and whose feature lands later: key -> values that work today (None: only the default).
-LATER: dict[str, tuple[Value, ...] | None] = {}
+LATER: dict[str, tuple[Value, ...] | None] = {
+    "data.public": None,
+    "model.weights": None,
+    "sparsity.shared": None,
+    "sparsity.freeze.method": ("random", "magnitude"),
+    "sparsity.drop.method": ("random", "magnitude"),
+    "sparsity.prune.method": ("random", "magnitude", "synflow", "file"),
+    "wire.downlink": None,
+    "wire.error-feedback": None,
+    "wire.link": None,
+}
 
 
 def _kebab(name: str) -> str:
@@ -342,6 +352,12 @@ def _cross_checks(config: Config) -> None:
             raise ConfigError(
                 f"sparsity.{name}.rate", f'{part.rate} is set but sparsity.{name}.method is "none"', "choose a method"
             )
+    if sparsity.freeze.method == "magnitude" and sparsity.freeze.refresh == "run":
+        raise ConfigError(
+            "sparsity.freeze.refresh",
+            'by magnitude, "run" would freeze what pre-pruning holds',
+            'use sparsity.prune.method = "magnitude" with sparsity.prune.inactive = "hold"',
+        )
     if sparsity.prune.method == "file" and not sparsity.prune.file:
         raise ConfigError("sparsity.prune.file", 'it is empty but sparsity.prune.method is "file"', "name a saved support")
 

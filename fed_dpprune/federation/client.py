@@ -1,0 +1,243 @@
+"""A client: checks the terms, charges its ledger, trains on the support, sends the values on it and nothing else.
+
+`ClientRuntime.train` is the whole of a round on this side, in numbered steps. Everything before step 6 reads public
+facts only; a refusal leaves before any private example has been looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+
+from fed_dpprune import config as cfg
+from fed_dpprune.comm.codecs.table import codec
+from fed_dpprune.errors import ClientFault, LedgerError, WireError
+from fed_dpprune.federation import broadcast, messages
+from fed_dpprune.federation.fingerprint import fingerprint
+from fed_dpprune.federation.local_train import Share, train
+from fed_dpprune.federation.messages import Reply
+from fed_dpprune.federation.model_store import ModelStore, model_digest
+from fed_dpprune.federation.start import Start, Vector
+from fed_dpprune.federation.terms import RoundTerms, config_digest, from_wire
+from fed_dpprune.models.flat import Layout
+from fed_dpprune.plan import sample_rate
+from fed_dpprune.sparsity.criteria.table import CriterionContext
+from fed_dpprune.sparsity.prune import pre_prune
+from fed_dpprune.sparsity.recipe import RoundSupport, round_support
+from fed_dpprune.sparsity.support import Support, union
+
+if TYPE_CHECKING:
+    from fed_dpprune.federation.secrets import Secrets
+    from fed_dpprune.federation.workbench import Workbench
+
+_log = logging.getLogger(__name__)
+
+
+class Guard(Protocol):
+    """Who decides whether a request may be answered, and remembers what was."""
+
+    def admit(self, terms: RoundTerms) -> bytes | None:
+        """Charge the request, or give back the reply stored for it; raises ClientFault to refuse."""
+
+    def keep(self, terms: RoundTerms, reply: bytes) -> None:
+        """Store the reply before it leaves."""
+
+
+class HostGuard:
+    """For clients whose host has admitted and charged the request already (`federation/host.py`)."""
+
+    def admit(self, terms: RoundTerms) -> bytes | None:
+        """Admitted."""
+        return None
+
+    def keep(self, terms: RoundTerms, reply: bytes) -> None:
+        """The host stores it."""
+
+
+@dataclass
+class ClientSetup:
+    """What makes a client this client.
+
+    Attributes:
+        config: The shared config.
+        partition: Its number.
+        nominal_size: N_c, declared by whoever runs the client.
+        bench: Its net and engine, built when first needed.
+        share: Its private data, loaded when first needed.
+        secrets: Where batches and noise come from.
+        store: Where it keeps the model between rounds.
+        guard: Its ledger and policy.
+        ledger: "own", or "host" when `guard` is the host's.
+        note_seconds: Add the computing time to the reply, for the host to take off; simulations only.
+    """
+
+    config: cfg.Config
+    partition: int
+    nominal_size: int
+    bench: Callable[[], Workbench]
+    share: Callable[[], Share]
+    secrets: Secrets
+    store: ModelStore
+    guard: Guard
+    ledger: str = "host"
+    note_seconds: bool = False
+
+
+class ClientRuntime:
+    """Answers the messages of one client. Holds no state of its own between messages."""
+
+    def __init__(self, setup: ClientSetup) -> None:
+        self._setup = setup
+
+    def hello(self, content: RecordDict) -> RecordDict:
+        """Say who this is: partition id, nominal size, who holds the ledger, which code runs. All public."""
+        setup = self._setup
+        head: dict[str, int | str] = {
+            "status": "ok",
+            "partition-id": setup.partition,
+            "nominal-size": setup.nominal_size,
+            "ledger": setup.ledger,
+            "fingerprint": fingerprint(),
+            "config": config_digest(setup.config),
+        }
+        return RecordDict({"hello": ConfigRecord(dict(head))})
+
+    def train(self, content: RecordDict) -> RecordDict:
+        """Answer one round's request; never raises, and a failure leaves as one word."""
+        started = time.perf_counter()
+        terms: RoundTerms | None = None
+        try:
+            terms = from_wire(messages.config_of(content, "terms"))
+            reply = self._answer(terms, content)
+        except ClientFault as fault:
+            _log.warning("client %d: %s %s", self._setup.partition, fault.code, fault.detail)
+            reply = self._refusal(terms, fault.code)
+        except WireError as error:
+            _log.warning("client %d: %s", self._setup.partition, error)
+            reply = self._refusal(terms, "malformed-terms")
+        except LedgerError as error:
+            _log.error("client %d: %s", self._setup.partition, error)
+            reply = self._refusal(terms, "ledger-failed")
+        except Exception:
+            _log.exception("client %d failed", self._setup.partition)
+            reply = self._refusal(terms, "internal-error")
+        if self._setup.note_seconds:
+            messages.add_seconds(reply, time.perf_counter() - started)
+        return reply
+
+    def _refusal(self, terms: RoundTerms | None, code: str) -> RecordDict:
+        key, round, digest = (terms.key, terms.round, terms.digest) if terms else ("", 0, "")
+        return messages.train_reply(Reply(code, key, round, digest, fingerprint()))
+
+    def _answer(self, terms: RoundTerms, content: RecordDict) -> RecordDict:
+        setup = self._setup
+        # 1. The terms must be meant for this client, under this code and this config.
+        self._check(terms)
+        # 2. Bring the model up to date; both ends must hold it to the bit.
+        bench = setup.bench()
+        begin = self._receive(terms, content, bench)
+        # 3. Recompute the round's support from public terms.
+        live = self._support(terms, begin, bench.layout)
+        # 4. Policy and ledger: refuse, or give back what was sent before, or charge. Committed before step 5.
+        stored = setup.guard.admit(terms)
+        if stored is not None:
+            return messages.thaw(stored)
+        # 5. The private work.
+        moved = train(setup.config, terms, live, begin.survivors, begin.model, bench.gradient, setup.share(), setup.secrets)
+        # 6. The values on the support, encoded; stored before they leave.
+        payload = codec(setup.config.wire.uplink).encode(moved)
+        reply = messages.train_reply(Reply("ok", terms.key, terms.round, terms.digest, fingerprint(), payload))
+        setup.guard.keep(terms, messages.freeze(reply))
+        return reply
+
+    def _check(self, terms: RoundTerms) -> None:
+        setup = self._setup
+        if terms.fingerprint != fingerprint():
+            raise ClientFault("code-mismatch", terms.fingerprint)
+        if terms.config != config_digest(setup.config) or terms.client != setup.partition:
+            raise ClientFault("config-mismatch", terms.config)
+        if terms.sample_rate != sample_rate(setup.config.privacy, setup.nominal_size):
+            raise ClientFault("sample-rate-mismatch", repr(terms.sample_rate))
+
+    def _receive(self, terms: RoundTerms, content: RecordDict, bench: Workbench) -> Start:
+        """The round's model and the survivors, checked by digest and kept for the next round."""
+        if terms.layout != bench.layout.digest:
+            raise ClientFault("config-mismatch", "layout")
+        kind, base, odds = messages.read_request(content)
+        if kind not in broadcast.KINDS:
+            raise ClientFault("malformed-terms", f"kind {kind}")
+        payload = messages.payload_of(content, "model")
+        if kind == "sync":
+            begin = self._sync(terms, base, odds, payload, bench)
+        else:
+            with_values = kind != "start" or bool(self._setup.config.model.weights)
+            begin = broadcast.receive_start(
+                self._setup.config,
+                bench.layout,
+                terms.seed,
+                terms.survivor_count,
+                lambda weights: self._draw_survivors(weights, terms.seed, bench),
+                payload,
+                with_values=with_values,
+            )
+        if model_digest(begin.model) != terms.model or begin.survivors.digest != terms.survivors:
+            raise ClientFault("digest-mismatch", "model or survivors")
+        self._setup.store.save(terms.model, begin, terms.round - 1)
+        return begin
+
+    def _draw_survivors(self, weights: Vector, seed: int, bench: Workbench) -> Support:
+        from fed_dpprune.models import registry
+
+        context = CriterionContext(
+            layout=bench.layout,
+            weights=weights,
+            build=lambda: registry.build(bench.spec),
+            input_shape=bench.spec.input_shape,
+            seed=seed,
+        )
+        sparsity = self._setup.config.sparsity
+        return pre_prune(sparsity.prune, context, sparsity.granularity)
+
+    def _sync(self, terms: RoundTerms, base: str, odds: tuple[int, ...], payload: bytes, bench: Workbench) -> Start:
+        """Play the missed rounds' changes on the model this client holds."""
+        held = self._setup.store.load(base)
+        if held is None:
+            raise ClientFault("need-resync", base)
+        begin, version = held
+        if version >= terms.round:
+            raise ClientFault("older-round", f"holds version {version}")
+        rounds = range(version + 1, terms.round)
+        tensors = len(bench.layout.tensors) if terms.odds else 0
+        if len(odds) != tensors * len(rounds):
+            raise WireError("request", "odds do not fit the missed rounds")
+        missed = [
+            self._support_of(round, terms, odds[place * tensors : (place + 1) * tensors], begin, bench.layout).support
+            for place, round in enumerate(rounds)
+        ]
+        changed = union(missed) if missed else Support(np.zeros(0, dtype=np.int64), bench.layout.d)
+        return Start(broadcast.receive_sync(begin.model, changed, payload), begin.survivors)
+
+    def _support_of(self, round: int, terms: RoundTerms, odds: tuple[int, ...], begin: Start, layout: Layout) -> RoundSupport:
+        return round_support(
+            self._setup.config.sparsity,
+            begin.survivors,
+            layout,
+            terms.seed,
+            round,
+            terms.rounds,
+            local_steps=terms.steps,
+            weights=begin.model,
+            odds=np.asarray(odds, dtype=np.int64) if odds else None,
+        )
+
+    def _support(self, terms: RoundTerms, begin: Start, layout: Layout) -> RoundSupport:
+        live = self._support_of(terms.round, terms, terms.odds, begin, layout)
+        if live.support.digest != terms.digest or live.support.k != terms.live:
+            raise ClientFault("digest-mismatch", "support")
+        return live

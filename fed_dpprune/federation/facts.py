@@ -1,0 +1,60 @@
+"""Facts for the plan, gathered from labels and shapes; features are never read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fed_dpprune import config as cfg
+from fed_dpprune.data import partition
+from fed_dpprune.data import registry as datasets
+from fed_dpprune.data.dataset import Labels
+from fed_dpprune.models import registry as nets
+from fed_dpprune.models.flat import Layout
+from fed_dpprune.models.spec import from_config
+from fed_dpprune.plan import Facts, Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What simulation knows beforehand.
+
+    Attributes:
+        labels: Of the training rows, with shapes.
+        parts: The rows of each client, drawn once.
+        layout: Coordinate order.
+    """
+
+    labels: Labels
+    parts: list[NDArray[np.int64]]
+    layout: Layout
+
+    @property
+    def facts(self) -> Facts:
+        """For `make_plan`: in simulation a client's nominal size is its part's, by declaration."""
+        return Facts(self.layout, tuple(len(part) for part in self.parts), self.labels.test_size)
+
+
+def gather(config: cfg.Config) -> Gathered:
+    """Labels, partition and layout of a simulated run.
+
+    Raises:
+        ConfigError: The data does not fit the partition or the net.
+        DataError: The data is missing or damaged.
+    """
+    labels = datasets.labels(config.data, config.seed)
+    layout = nets.layout(from_config(config.model, labels.input_shape, labels.classes))
+    parts = partition.draw(config.data, config.federation.clients, labels.y, labels.natural, config.seed)
+    return Gathered(labels, parts, layout)
+
+
+def prepare(config: cfg.Config) -> tuple[Gathered, Plan]:
+    """Everything that can be wrong with a config and its data, checked before a file is written.
+
+    Raises:
+        BadInput: See `gather` and `plan.make_plan`.
+    """
+    gathered = gather(config)
+    return gathered, make_plan(config, gathered.facts)

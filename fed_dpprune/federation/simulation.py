@@ -1,0 +1,212 @@
+"""Simulated clients: the closure that `fed-dpprune run` hands to its runner, and how both runners are started.
+
+The one place where seeded secrets are made: it builds the clients in the very process that the user started, and what it
+builds travels to Ray's actors as a pickled object, never through a config or a message (invariant 4).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from numpy.typing import NDArray
+
+from fed_dpprune import config as cfg
+from fed_dpprune.data import registry as datasets
+from fed_dpprune.data.dataset import Dataset
+from fed_dpprune.errors import FedDPPruneError
+from fed_dpprune.federation.client import ClientRuntime, ClientSetup, HostGuard
+from fed_dpprune.federation.facts import gather
+from fed_dpprune.federation.inline import InlineGrid
+from fed_dpprune.federation.local_train import Share
+from fed_dpprune.federation.model_store import SharedStore
+from fed_dpprune.federation.secrets import SeededSecrets
+from fed_dpprune.federation.terms import blake
+from fed_dpprune.federation.workbench import Workbench, workbench
+
+
+@dataclass(frozen=True)
+class SimulatedClients:
+    """All that an actor needs to play any client of a run. Small: Ray ships it with every message.
+
+    Attributes:
+        config: The shared config.
+        data: Its [data] with paths made absolute: an actor may have another working directory.
+        partition: File with the rows of every client, drawn once by the driver.
+        partition_digest: Of its content.
+        models: Folder of the clients' models.
+        sizes: Nominal sizes.
+        d: Length of the parameter vector.
+    """
+
+    config: cfg.Config
+    data: cfg.Data
+    partition: Path
+    partition_digest: str
+    models: Path
+    sizes: tuple[int, ...]
+    d: int
+
+    def app(self) -> ClientApp:
+        """The Flower app of these clients."""
+        app = ClientApp()
+        clients = self
+
+        @app.train()
+        def train(message: Message, context: Context) -> Message:
+            return Message(clients.runtime(context).train(message.content), reply_to=message)
+
+        @app.query()
+        def query(message: Message, context: Context) -> Message:
+            return Message(clients.runtime(context).hello(message.content), reply_to=message)
+
+        return app
+
+    def runtime(self, context: Context) -> ClientRuntime:
+        """The client that a node plays."""
+        partition = int(context.node_config["partition-id"])
+        return ClientRuntime(
+            ClientSetup(
+                config=self.config,
+                partition=partition,
+                nominal_size=self.sizes[partition],
+                bench=self._bench,
+                share=lambda: Share(_dataset(self.data, self.config.seed).train, _parts(self)[partition], self.sizes[partition]),
+                secrets=SeededSecrets(self.config.seed),
+                store=_store(self.models, self.d),
+                guard=HostGuard(),
+                note_seconds=True,
+            )
+        )
+
+    def _bench(self) -> Workbench:
+        dataset = _dataset(self.data, self.config.seed)
+        return workbench(self.config.model, self.config.engine, dataset.input_shape, dataset.classes)
+
+
+@lru_cache(maxsize=1)
+def _dataset(data: cfg.Data, seed: int) -> Dataset:
+    """The process's data set, loaded once."""
+    return datasets.load(data, seed)
+
+
+@lru_cache(maxsize=2)
+def _store(folder: Path, d: int) -> SharedStore:
+    return SharedStore(folder, d)
+
+
+@lru_cache(maxsize=2)
+def _parts(clients: SimulatedClients) -> list[NDArray[np.int64]]:
+    """The rows of every client: from the driver's file or, on a machine that does not have it, drawn again and checked.
+
+    Raises:
+        FedDPPruneError: The draw gave something else than the driver's.
+    """
+    try:
+        with np.load(clients.partition, allow_pickle=False) as file:
+            rows, edges = file["rows"], file["edges"]
+    except OSError:
+        parts = gather(clients.config.model_copy(update={"data": clients.data})).parts
+        rows, edges = pack_parts(parts)
+    if _digest(rows, edges) != clients.partition_digest:
+        raise FedDPPruneError("partition", "this machine draws other parts than the driver", "share the run directory")
+    return [rows[start:end] for start, end in pairwise(edges)]
+
+
+def pack_parts(parts: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """All rows one after the other, and where each client's begin and end."""
+    edges = np.cumsum([0, *(len(part) for part in parts)]).astype(np.int64)
+    return np.concatenate(parts).astype(np.int64), edges
+
+
+def _digest(rows: NDArray[np.int64], edges: NDArray[np.int64]) -> str:
+    return blake(edges.tobytes() + rows.tobytes())
+
+
+def write_parts(path: Path, parts: list[NDArray[np.int64]]) -> str:
+    """Write the partition file; returns its digest."""
+    rows, edges = pack_parts(parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
+    np.savez(temporary, rows=rows, edges=edges)
+    temporary.replace(path)
+    return _digest(rows, edges)
+
+
+def absolute(data: cfg.Data) -> cfg.Data:
+    """Paths to files or folders made absolute; names are left alone."""
+    path = Path(data.dataset)
+    return (
+        data.model_copy(update={"dataset": str(path.resolve())})
+        if path.exists() and "/" in str(path.resolve()) and (path.suffix or path.is_dir())
+        else data
+    )
+
+
+def run_inline(clients: SimulatedClients, serve: Callable[[Grid], None]) -> None:
+    """Everything in this process, on this thread."""
+    number = len(clients.sizes)
+    nodes = [{"partition-id": partition, "num-partitions": number} for partition in range(number)]
+    serve(InlineGrid(clients.app(), nodes))
+
+
+def run_ray(clients: SimulatedClients, serve: Callable[[Grid], None], stop: threading.Event) -> None:
+    """Flower's simulation on Ray: `serve` is the ServerApp, on a thread of Flower's.
+
+    Raises:
+        FedDPPruneError: Ray could not be started, or died.
+    """
+    from flwr.simulation import run_simulation
+
+    app = ServerApp()
+    failure: list[BaseException] = []
+    served = threading.Event()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            serve(grid)
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            served.set()
+
+    fed = clients.config.federation
+    init: dict[str, Any] = {"include_dashboard": False, "configure_logging": False}
+    if fed.ray_address:
+        init["address"] = fed.ray_address
+    else:
+        init["num_cpus"] = actors(clients.config)
+    try:
+        run_simulation(
+            server_app=app,
+            client_app=clients.app(),
+            num_supernodes=len(clients.sizes),
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": init},
+        )
+    except Exception as error:
+        if not failure:
+            stop.set()
+            raise FedDPPruneError("ray", f"the simulation broke down ({type(error).__name__})", "see log.txt") from error
+    if failure:
+        raise failure[0]
+    if not served.is_set():
+        raise FedDPPruneError("ray", "the simulation ended before the run did", "see log.txt")
+
+
+def actors(config: cfg.Config) -> int:
+    """Client processes: as the config says, else one per core that this process may use, at most one per client asked."""
+    if config.federation.backend == "inline":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.federation.actors or min(cores, config.federation.cohort)

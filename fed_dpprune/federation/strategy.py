@@ -1,0 +1,533 @@
+"""The server's side of a run: `Server.run` is the loop, one numbered step a line.
+
+The loop is our own and not a subclass of Flower's Strategy: its `start` has no early stop, sums replies in order of
+arrival and samples cohorts from a global generator, and each of these would break an invariant (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from fed_dpprune import config as cfg
+from fed_dpprune.comm.codecs.table import codec
+from fed_dpprune.comm.meter import Meter
+from fed_dpprune.comm.meter import Parcel as Metered
+from fed_dpprune.comm.validate import UpdateBound, check_update
+from fed_dpprune.errors import RunStopped, WireError
+from fed_dpprune.federation import aggregate, messages
+from fed_dpprune.federation.broadcast import METERED, Broadcast
+from fed_dpprune.federation.fingerprint import fingerprint
+from fed_dpprune.federation.host import HostGrid, new_message
+from fed_dpprune.federation.inline import InlineGrid
+from fed_dpprune.federation.messages import Reply
+from fed_dpprune.federation.observer import Observer
+from fed_dpprune.federation.start import Start, Vector
+from fed_dpprune.federation.terms import REPLY_CODES, RoundTerms, config_digest
+from fed_dpprune.models.flat import Layout
+from fed_dpprune.plan import FLOAT32, EpsilonBook, Plan
+from fed_dpprune.records import ClientCounts, ClientRecord, RoundRecord
+from fed_dpprune.sparsity.recipe import RoundSupport, round_support
+
+_log = logging.getLogger(__name__)
+
+NEAR_POLL_S, FAR_POLL_S = 0.005, 0.2
+MEET_S = 120.0
+FAILURES = ("internal-error", "ledger-failed")  # may have come after the charge; every other refusal comes before it
+
+
+class Interrupted(Exception):
+    """The user asked the run to end."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What the server knows before the first message.
+
+    Attributes:
+        config: The validated config.
+        layout: Coordinate order.
+        begin: The pruned model and the survivors.
+        evaluate: Weights to (accuracy, loss) on held-out data.
+        odds: Weights and round to inclusion odds per tensor; None for uniform ones.
+    """
+
+    config: cfg.Config
+    layout: Layout
+    begin: Start
+    evaluate: Callable[[Vector], tuple[float, float]]
+    odds: Callable[[Vector, int], tuple[int, ...]] | None = None
+
+
+@dataclass
+class Order:
+    """One round as sent: terms and parcels by client."""
+
+    round: int
+    live: RoundSupport
+    terms: dict[int, RoundTerms]
+    version: int
+    odds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one client in one round; `values` are there only when the update was accepted."""
+
+    status: str
+    reason: str = ""
+    values: NDArray[np.float32] | None = None
+
+
+class Recorder:
+    """What the server writes after each round; `federation/run.py` has the one with a run directory."""
+
+    def round(self, record: RoundRecord, clients: list[ClientRecord], server: Server) -> None:
+        """A round is over."""
+
+
+class Server:
+    """One run.
+
+    Args:
+        world: Config, model, evaluation.
+        plan_for: Nominal sizes (by partition id), and whether cohorts are drawn beforehand, to the plan; called once the
+            clients are known.
+        grid: Carries the messages; a `HostGrid` where this host holds the clients' ledger.
+        host: Makes that host's grid once the clients have said that they need one; None where it is given already.
+        observer: Hears of progress.
+        recorder: Writes.
+        stop: Set to ask the run to end at the next chance.
+        run: Identity of the run.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        plan_for: Callable[[tuple[int, ...], bool], Plan],
+        grid: Grid,
+        observer: Observer,
+        recorder: Recorder,
+        stop: threading.Event,
+        run: str,
+        host: Callable[[Grid, tuple[int, ...]], HostGrid] | None = None,
+    ) -> None:
+        config = world.config
+        self.world, self.config, self.layout = world, config, world.layout
+        self._plan_for, self._grid, self._host = plan_for, grid, host
+        self._observer, self._recorder, self._stop, self.run_id = observer, recorder, stop, run
+        self.broadcast = Broadcast(config, world.layout, world.begin)
+        self.optimizer = aggregate.ServerOptimizer(config.server, world.layout.d, config.federation.rounds)
+        self.meter = Meter()
+        self.steps: dict[int, int] = {}
+        self._step_shares: list[float] = []
+        self._clock = time.perf_counter()
+        self.provenances: set[str] = set()
+        self.done = 0
+        self.nodes: dict[int, int] = {}
+        self.plan: Plan
+        self.book: EpsilonBook
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Run the rounds that are left.
+
+        Raises:
+            RunStopped: Too few clients answered; everything up to there is recorded.
+            Interrupted: `stop` was set.
+        """
+        self.meet()  # 1. who is there, and how large they say they are
+        self._observer.phase("training")
+        self._lap()
+        for number in range(self.done + 1, self.config.federation.rounds + 1):
+            order = self._order(number)  # 2. support, terms, and what each client lacks of the model
+            answers = self._exchange(order)  # 3. send, and collect what comes back in time
+            accepted = {c: a.values for c, a in sorted(answers.items()) if a.values is not None}
+            enough = len(accepted) >= self.config.federation.min_clients
+            if enough:
+                self._step(order, list(accepted.values()))  # 4. aggregate on the support and step
+            self._record(order, answers, aggregated=enough)  # 5. measure, account, write
+            if not enough:
+                raise self._too_few(order, answers)
+
+    def _lap(self) -> float:
+        """Seconds since the last call; nothing between two rounds is left out of both."""
+        before, self._clock = self._clock, time.perf_counter()
+        return self._clock - before
+
+    # ------------------------------------------------------------------ 1. meeting
+
+    def meet(self) -> None:
+        """Learn which node is which partition and its nominal size; make the plan."""
+        wanted = self._wanted_clients()
+        ids = self._wait_for_nodes(wanted)
+        hello = RecordDict({"hello": ConfigRecord({"config": config_digest(self.config)})})
+        asked = [new_message(self._grid, hello, messages.QUERY, node, "0") for node in ids]
+        sizes: dict[int, int] = {}
+        ledgers: set[str] = set()
+        for reply in self._pull(list(self._grid.push_messages(asked)), self.config.federation.reply_timeout):
+            if not reply.has_content():
+                raise RunStopped("clients", "a node failed to start", "see the log of that node")
+            head = messages.config_of(reply.content, "hello")
+            if set(head) != set(messages.HELLO_FIELDS) or head["status"] != "ok":
+                raise RunStopped("clients", f"a node refused to take part ({head.get('status')})", "see that node's log")
+            self._check_hello(head, sizes)
+            sizes[head["partition-id"]] = head["nominal-size"]
+            self.nodes[head["partition-id"]] = reply.metadata.src_node_id
+            ledgers.add(head["ledger"])
+        if sorted(sizes) != list(range(len(sizes))) or (wanted and len(sizes) != wanted):
+            raise RunStopped("clients", f"partitions {sorted(sizes)} came, {wanted} clients were expected", "start the others")
+        declared = tuple(sizes[c] for c in sorted(sizes))
+        if ledgers == {"host"} and self._host is not None:
+            self._grid = self._host(self._grid, declared)
+        self.plan = self._plan_for(declared, ledgers == {"host"})
+        self.book = EpsilonBook(self.plan.noise_multiplier, self.plan.delta, self.plan.accountant)
+        for rate in sorted(set(self.plan.sample_rates)):
+            most = max(t for q, t in zip(self.plan.sample_rates, self.plan.steps_by_client, strict=True) if q == rate)
+            local = self.config.federation.local_steps
+            self.book.prepare(rate, range(local, most + 1, local))
+
+    def _wanted_clients(self) -> int:
+        """How many clients the config names; 0 where the data decides."""
+        return 0 if self.config.data.partition == "natural" else self.config.federation.clients
+
+    @staticmethod
+    def _check_hello(head: dict[str, Any], sizes: dict[int, int]) -> None:
+        partition, size = head["partition-id"], head["nominal-size"]
+        if head["fingerprint"] != fingerprint():
+            raise RunStopped("clients", f"client {partition} runs other code", "install one version of fed-dpprune everywhere")
+        if type(partition) is not int or type(size) is not int or size < 1 or partition < 0:
+            raise RunStopped("clients", "a node's partition-id or nominal-size is not a whole number", "see its node-config")
+        if partition in sizes:
+            raise RunStopped("clients", f"two nodes say that they are partition {partition}", "see their node-configs")
+
+    def _wait_for_nodes(self, wanted: int) -> list[int]:
+        """Node ids, once all are there: a ServerApp may start before its nodes are registered."""
+        end = time.monotonic() + min(MEET_S, self.config.federation.reply_timeout)
+        while True:
+            ids = sorted(self._grid.get_node_ids())
+            if len(ids) >= max(1, wanted):
+                break
+            if time.monotonic() > end:
+                raise RunStopped("clients", f"{len(ids)} of {wanted} nodes came", "start the others, or set federation.clients")
+            self._pause(FAR_POLL_S)
+        if wanted and len(ids) > wanted:
+            raise RunStopped("clients", f"{len(ids)} nodes came, federation.clients is {wanted}", "make the two numbers equal")
+        return ids
+
+    # ------------------------------------------------------------------ 2. the order
+
+    def _order(self, number: int) -> Order:
+        """The round's support and every client's terms."""
+        config, sparsity = self.config, self.config.sparsity
+        odds = self.world.odds(self.broadcast.model, number) if self.world.odds else ()
+        live = round_support(
+            sparsity,
+            self.world.begin.survivors,
+            self.layout,
+            config.seed,
+            number,
+            config.federation.rounds,
+            local_steps=config.federation.local_steps,
+            weights=self.broadcast.model,
+            odds=np.asarray(odds, dtype=np.int64) if odds else None,
+        )
+        self.provenances.add(live.support.provenance)
+        terms = {c: self._terms(number, c, live, odds) for c in self.plan.cohorts[number - 1]}
+        return Order(number, live, terms, self.broadcast.version, odds)
+
+    def _terms(self, number: int, client: int, live: RoundSupport, odds: tuple[int, ...]) -> RoundTerms:
+        config, support = self.config, live.support
+        fraction = support.live_fraction or 1.0
+        shrink = fraction**0.5 if config.sparsity.clip_scaling == "sqrt" else 1.0
+        return RoundTerms(
+            run=self.run_id,
+            round=number,
+            rounds=config.federation.rounds,
+            fingerprint=fingerprint(),
+            config=config_digest(config),
+            layout=self.layout.digest,
+            seed=config.seed,
+            survivors=self.world.begin.survivors.digest,
+            survivor_count=self.world.begin.survivors.k,
+            digest=support.digest,
+            live=support.k,
+            provenance=support.provenance,
+            model=self.broadcast.digest,
+            client=client,
+            sample_rate=self.plan.sample_rates[client],
+            noise_multiplier=self.plan.noise_multiplier,
+            clip_norm=config.privacy.clip_norm * shrink,
+            steps=config.federation.local_steps,
+            learning_rate=config.client.learning_rate * fraction**config.sparsity.lr_scaling,
+            delta=config.privacy.delta,
+            odds=odds,
+        )
+
+    def _request(self, order: Order, client: int, *, resync: bool = False) -> RecordDict:
+        """A client's message; counted as sent."""
+        parcel = self.broadcast.parcel(client, resync=resync)
+        content = messages.train_request(order.terms[client].to_wire(), parcel.kind, parcel.base, parcel.payload, parcel.odds)
+        self._count(order.round, client, "down", METERED[parcel.kind], len(parcel.payload), content)
+        return content
+
+    def _count(self, number: int, client: int, way: Any, kind: Any, payload: int, content: RecordDict) -> None:
+        dense = FLOAT32 * self.layout.d
+        self.meter.add(Metered(number, client, way, kind, payload, messages.message_bytes(content), dense))
+
+    # ------------------------------------------------------------------ 3. the exchange
+
+    def _exchange(self, order: Order) -> dict[int, Answer]:
+        """Ask every client of the cohort and judge what comes back; who says nothing in time is "silent"."""
+        clients = {self.nodes[c]: c for c in order.terms}
+        asked = [
+            new_message(self._grid, self._request(order, c), messages.TRAIN, self.nodes[c], str(order.round))
+            for c in sorted(order.terms)
+        ]
+        answers: dict[int, Answer] = {}
+        again: list[int] = []
+        for reply in self._pull(list(self._grid.push_messages(asked)), self.config.federation.reply_timeout):
+            client = clients[reply.metadata.src_node_id]
+            answers[client] = self._judge(order, client, reply, answers)
+            if answers[client].reason == "need-resync":
+                again.append(client)
+        if again:
+            self._resync(order, sorted(again), clients, answers)
+        for client in order.terms:
+            answers.setdefault(client, Answer("silent", "no answer in time"))
+        return answers
+
+    def _resync(self, order: Order, again: list[int], clients: dict[int, int], answers: dict[int, Answer]) -> None:
+        """Send the whole model to clients that do not hold what the server thought, once."""
+        asked = [
+            new_message(self._grid, self._request(order, c, resync=True), messages.TRAIN, self.nodes[c], str(order.round))
+            for c in again
+        ]
+        for reply in self._pull(list(self._grid.push_messages(asked)), self.config.federation.reply_timeout):
+            client = clients[reply.metadata.src_node_id]
+            answers[client] = self._judge(order, client, reply, {})
+
+    def _pull(self, ids: list[str], timeout: float) -> Any:
+        """Replies as they come, until all are there or time is up."""
+        waiting, end = set(ids), time.monotonic() + timeout
+        order = {message_id: place for place, message_id in enumerate(ids)}
+        while waiting:
+            replies = list(self._grid.pull_messages(sorted(waiting, key=order.__getitem__)))
+            for reply in replies:
+                waiting.discard(reply.metadata.reply_to_message_id)
+                yield reply
+            if self._stop.is_set():
+                raise Interrupted
+            if not replies:
+                if time.monotonic() > end:
+                    return
+                self._pause(self._poll_s())
+
+    def _poll_s(self) -> float:
+        """Between two looks for replies: short in one process, patient over a network."""
+        name = type(self._grid.inner if isinstance(self._grid, HostGrid) else self._grid).__name__
+        return NEAR_POLL_S if name in (InlineGrid.__name__, "InMemoryGrid") else FAR_POLL_S
+
+    def _pause(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise Interrupted
+
+    def _judge(self, order: Order, client: int, message: Any, already: dict[int, Answer]) -> Answer:
+        """Accept an update, or say why not. Whatever is wrong with it, the round goes on with the rest."""
+        if client in already:
+            return Answer("rejected", "duplicate")
+        if not message.has_content():
+            return Answer("failed", "internal-error")
+        terms = order.terms[client]
+        try:
+            reply = messages.read_reply(message.content)
+            self._count(order.round, client, "up", "update", len(reply.payload), message.content)
+            if reply.status != "ok":
+                return Answer("failed" if reply.status in FAILURES else "refused", reply.status)
+            values = self._checked_values(order, terms, reply)
+        except WireError as error:
+            _log.warning("update of client %d in round %d rejected: %s", client, order.round, error)
+            return Answer("rejected", error.why)
+        self.broadcast.acknowledged(client, order.version)
+        return Answer("answered", "", values)
+
+    def _checked_values(self, order: Order, terms: RoundTerms, reply: Reply) -> NDArray[np.float32]:
+        """The update's values, shape (k,), once every echo fits the terms and no value is absurd.
+
+        Raises:
+            WireError: Something does not fit.
+        """
+        for name, got, wanted in (
+            ("wrong-request", reply.request, terms.key),
+            ("wrong-round", reply.round, terms.round),
+            ("wrong-digest", reply.digest, terms.digest),
+            ("wrong-fingerprint", reply.fingerprint, terms.fingerprint),
+        ):
+            if got != wanted:
+                raise WireError("update", name)
+        values = codec(self.config.wire.uplink).decode(reply.payload, terms.live)
+        check_update(values, terms.live, self._bound(order, terms))
+        return values
+
+    def _bound(self, order: Order, terms: RoundTerms) -> float:
+        """The largest |value| that clipping, noise and the optimiser allow an honest client (docs/wire.md)."""
+        client, index = self.config.client, order.live.support.indices
+        rescale = 1.0
+        if self.config.sparsity.rescale == "d-over-k" and terms.live:
+            fewest = min(order.live.steps(step).k for step in range(terms.steps)) or 1
+            rescale = self.layout.d / fewest
+        largest = float(np.abs(self.broadcast.model[index]).max(initial=0.0)) if client.weight_decay else 0.0
+        return UpdateBound(
+            clip_norm=terms.clip_norm * rescale,
+            noise_multiplier=terms.noise_multiplier,
+            divisor=terms.sample_rate * self.plan.nominal_sizes[terms.client],
+            learning_rate=terms.learning_rate,
+            steps=terms.steps,
+            coordinates=terms.live,
+            clients=len(order.terms),
+            rounds=terms.rounds,
+            momentum=client.momentum,
+            weight_decay=client.weight_decay,
+            weight=largest,
+            overshoot=codec(self.config.wire.uplink).overshoot,
+        ).value
+
+    # ------------------------------------------------------------------ 4. the step
+
+    def _step(self, order: Order, values: list[NDArray[np.float32]]) -> None:
+        """Aggregate in order of partition id and move the live coordinates."""
+        support = order.live.support
+        mean = aggregate.mean_on_support(values)
+        model = self.optimizer.step(self.broadcast.model, support, mean, order.round)
+        self.broadcast.advance(model, support, order.odds)
+
+    # ------------------------------------------------------------------ 5. the record
+
+    def _record(self, order: Order, answers: dict[int, Answer], *, aggregated: bool) -> None:
+        """Evaluate, account, write and tell."""
+        accuracy, loss = self.world.evaluate(self.broadcast.model)
+        for client, answer in answers.items():
+            if answer.status != "refused":  # a refusal is sent before the charge; whoever is silent may have paid
+                self.steps[client] = self.steps.get(client, 0) + order.terms[client].steps
+        clients = [self._client_record(order, client, answers[client]) for client in sorted(order.terms)]
+        count = {s: sum(a.status == s for a in answers.values()) for s in ("answered", "refused", "rejected", "failed", "silent")}
+        up, down = self.meter.of_round(order.round, "up"), self.meter.of_round(order.round, "down")
+        notes = [f"client {c}: {a.status} ({a.reason})" for c, a in sorted(answers.items()) if a.status != "answered"]
+        record = RoundRecord(
+            round=order.round,
+            accuracy=accuracy,
+            loss=loss,
+            live=order.live.support.k,
+            digest=order.live.support.digest,
+            epsilon_max=self.epsilon_max(),
+            bytes_up=up.payload,
+            bytes_down=down.payload,
+            message_up=up.message,
+            message_down=down.message,
+            clients=ClientCounts(len(order.terms), count["answered"], count["refused"], count["rejected"]),
+            notes=tuple(notes + ([] if aggregated else ["too few clients: not aggregated"])),
+            wall_s=self._lap(),
+        )
+        if aggregated:
+            self.done = order.round
+            local = range(self.config.federation.local_steps)
+            self._step_shares += [order.live.steps(step).k / self.layout.d for step in local]
+        self._recorder.round(record, clients, self)
+        for note in notes:
+            self._observer.note(f"round {order.round}: {note}")
+        megabytes = self.meter.total("up").payload / 1e6
+        self._observer.round_done(record, self.config.federation.rounds, record.epsilon_max, megabytes)
+
+    def _client_record(self, order: Order, client: int, answer: Answer) -> ClientRecord:
+        """One client's line, after `steps` has been brought up to date."""
+        terms = order.terms[client]
+        steps = 0 if answer.status == "refused" else terms.steps
+        up = self.meter.of_client(order.round, client, "up")
+        down = self.meter.of_client(order.round, client, "down")
+        seconds = self._grid.seconds.get(terms.key) if isinstance(self._grid, HostGrid) else None
+        return ClientRecord(
+            round=order.round,
+            client=client,
+            status=answer.status,
+            reason=answer.reason,
+            nominal_size=self.plan.nominal_sizes[client],
+            steps=steps,
+            sample_rate=terms.sample_rate,
+            noise_multiplier=terms.noise_multiplier,
+            clip_norm=terms.clip_norm,
+            epsilon=self.book.at(terms.sample_rate, self.steps[client]),
+            bytes_up=up.payload,
+            bytes_down=down.payload,
+            message_up=up.message,
+            message_down=down.message,
+            downlink_kind="+".join(sorted(down.by_kind)),
+            compute_s=seconds,
+        )
+
+    def epsilon_max(self) -> float:
+        """The largest cumulative epsilon of any client so far."""
+        return max((self.book.at(self.plan.sample_rates[c], t) for c, t in self.steps.items()), default=0.0)
+
+    def epsilon_by_client(self) -> dict[int, float]:
+        """Cumulative epsilon of every client, those that never took part at 0."""
+        return {c: self.book.at(q, self.steps.get(c, 0)) for c, q in enumerate(self.plan.sample_rates)}
+
+    def _too_few(self, order: Order, answers: dict[int, Answer]) -> RunStopped:
+        """Why the run ends here: who did not take part, and the reason given most."""
+        left = sum(a.status == "answered" for a in answers.values())
+        out = {c: a for c, a in sorted(answers.items()) if a.status != "answered"}
+        first = next(iter(out))
+        names = ", ".join(map(str, list(out)[:5])) + (", ..." if len(out) > 5 else "")
+        return RunStopped(
+            f"round {order.round}",
+            f"{left} of {len(answers)} clients answered and federation.min-clients is {self.config.federation.min_clients} "
+            f"(out: {names}; client {first}: {out[first].reason})",
+            explain(out[first].reason),
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Everything that a resumed server needs; rates and supports follow from the config."""
+        head, arrays = self.broadcast.state()
+        for name, array in self.optimizer.state().items():
+            arrays[f"optimizer-{name}"] = array
+        state = {
+            "broadcast": head,
+            "meter": self.meter.state(),
+            "steps": {str(client): count for client, count in self.steps.items()},
+            "step_shares": self._step_shares,
+            "provenances": sorted(self.provenances),
+        }
+        return state, arrays
+
+    def restore(self, round: int, state: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        """Continue after `round`."""
+        self.done = round
+        self.broadcast.restore(state["broadcast"], arrays)
+        self.optimizer.restore({n.removeprefix("optimizer-"): a for n, a in arrays.items() if n.startswith("optimizer-")})
+        self.meter = Meter.from_state(state["meter"])
+        self.steps = {int(client): count for client, count in state["steps"].items()}
+        self._step_shares = list(state["step_shares"])
+        self.provenances = set(state["provenances"])
+
+    def representation_sparsity(self) -> float:
+        """Mean over the steps so far of the share of coordinates that did not live (the measure of arXiv 2112.00845)."""
+        return 1.0 - sum(self._step_shares) / len(self._step_shares) if self._step_shares else 0.0
+
+
+def explain(code: str) -> str:
+    """What a refusal code means, in words."""
+    from fed_dpprune.privacy.policy import REFUSAL_CODES
+
+    return {**REPLY_CODES, **REFUSAL_CODES}.get(code, "see the log")

@@ -1,0 +1,393 @@
+"""Config and facts to every number that can be known before a run: noise, epsilon, live counts, bytes. Pure.
+
+The run uses these very numbers, so what the plan says is what the run does. Nothing here reads a feature of an example.
+Read first: `make_plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fed_dpprune import config as cfg
+from fed_dpprune.comm.codecs.table import codec
+from fed_dpprune.comm.masks import packed_size_bound
+from fed_dpprune.errors import ConfigError
+from fed_dpprune.models.flat import Layout
+from fed_dpprune.privacy import calibration
+from fed_dpprune.privacy.accountants import table as accountants
+from fed_dpprune.privacy.history import Entry
+from fed_dpprune.sparsity.prune import survivors_count
+from fed_dpprune.sparsity.recipe import round_support
+from fed_dpprune.sparsity.schedule import live_by_round
+from fed_dpprune.sparsity.support import Support, draw_positions, union
+
+FLOAT32 = 4
+MOST_DRAWS = 2**31  # coordinates that a plan draws at most to count unions; beyond, it gives an upper bound
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the plan must know of data and model: shapes and declared sizes, never features.
+
+    Attributes:
+        layout: Coordinate order of the net.
+        nominal_sizes: N_c by partition id; declared public.
+        test_size: Held-out examples.
+    """
+
+    layout: Layout
+    nominal_sizes: tuple[int, ...]
+    test_size: int = 0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Payload bytes of one direction.
+
+    Attributes:
+        payload_by_round: Over all clients of the round.
+        dense_float32: What dense float32 values would have taken over the run.
+        exact: False where it is an upper bound.
+    """
+
+    payload_by_round: tuple[int, ...]
+    dense_float32: int
+    exact: bool = True
+
+    @property
+    def payload(self) -> int:
+        """Over the run."""
+        return sum(self.payload_by_round)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All numbers known beforehand; see the contract for the keys of `as_json`."""
+
+    noise_multiplier: float
+    delta: float
+    accountant: str
+    nominal_sizes: tuple[int, ...]
+    sample_rates: tuple[float, ...]
+    cohorts: tuple[tuple[int, ...], ...]
+    steps_by_client: tuple[int, ...]
+    epsilon_by_round: tuple[float, ...]
+    parameters: int
+    survivors: int
+    live_by_round: tuple[int, ...]
+    live_exact: bool
+    uplink: Traffic
+    downlink: Traffic
+    max_rounds: int | None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def epsilon_max(self) -> float:
+        """After the last round, of the client that spends most."""
+        return self.epsilon_by_round[-1]
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys of `plan --json`."""
+
+        def traffic(way: Traffic) -> dict[str, Any]:
+            return {
+                "payload": way.payload,
+                "payload_by_round": list(way.payload_by_round),
+                "dense_float32": way.dense_float32,
+                "ratio": way.payload / way.dense_float32 if way.dense_float32 else None,
+                "exact": way.exact,
+            }
+
+        return {
+            "noise_multiplier": self.noise_multiplier,
+            "epsilon_by_round": list(self.epsilon_by_round),
+            "epsilon_max": self.epsilon_max,
+            "delta": self.delta,
+            "accountant": self.accountant,
+            "nominal_sizes": {str(c): n for c, n in enumerate(self.nominal_sizes)},
+            "sample_rates": {str(c): q for c, q in enumerate(self.sample_rates)},
+            "expected_batch": {str(c): q * n for c, (q, n) in enumerate(zip(self.sample_rates, self.nominal_sizes, strict=True))},
+            "steps_by_client": {str(c): t for c, t in enumerate(self.steps_by_client)},
+            "parameters": self.parameters,
+            "live_after_pruning": self.survivors,
+            "live_by_round": list(self.live_by_round),
+            "live_exact": self.live_exact,
+            "bytes": {"uplink": traffic(self.uplink), "downlink": traffic(self.downlink)},
+            "max_rounds": self.max_rounds,
+            "warnings": list(self.warnings),
+        }
+
+
+def sample_rate(privacy: cfg.Privacy, nominal_size: int) -> float:
+    """Poisson rate of a client: min(1, expected batch / N_c), or the config's sample rate where it is set."""
+    if privacy.sample_rate is not None:
+        return privacy.sample_rate
+    return min(1.0, privacy.expected_batch / nominal_size)
+
+
+def check_sizes(config: cfg.Config, sizes: Sequence[int]) -> tuple[str, ...]:
+    """What needs the clients' nominal sizes; warnings for what is allowed but surprising.
+
+    Raises:
+        ConfigError: Delta not below 1/N_c, an expected batch larger than every client, more clients per round than there
+            are, fewer clients than the minimum.
+    """
+    privacy, fed = config.privacy, config.federation
+    largest = max(sizes)
+    if privacy.delta >= 1.0 / largest:
+        client = list(sizes).index(largest)
+        raise ConfigError(
+            "privacy.delta",
+            f"{privacy.delta} is not below 1/N of client {client}, which has {largest} examples",
+            f"use less than {1.0 / largest:.2g}",
+        )
+    if privacy.sample_rate is None and privacy.expected_batch > largest:
+        raise ConfigError(
+            "privacy.expected-batch",
+            f"{privacy.expected_batch:g} is larger than every client (the largest has {largest} examples)",
+            "lower it or set privacy.sample-rate",
+        )
+    asked = fed.clients_per_round or len(sizes)
+    if asked > len(sizes):
+        raise ConfigError("federation.clients-per-round", f"{asked} is more than the {len(sizes)} clients there are", "lower it")
+    if fed.min_clients > asked:
+        raise ConfigError(
+            "federation.min-clients", f"{fed.min_clients} is more than the {asked} clients asked per round", "lower it"
+        )
+    small = [c for c, n in enumerate(sizes) if privacy.sample_rate is None and n < privacy.expected_batch]
+    if not small:
+        return ()
+    names = ", ".join(map(str, small[:5])) + (", ..." if len(small) > 5 else "")
+    return (
+        f"{len(small)} client(s) ({names}) have fewer examples than privacy.expected-batch = {privacy.expected_batch:g}: "
+        "their sample rate is 1, every example in every step",
+    )
+
+
+def draw_cohorts(config: cfg.Config, clients: int) -> tuple[tuple[int, ...], ...]:
+    """Who is asked in each round, from the public stream; everyone unless `clients-per-round` says fewer."""
+    asked = config.federation.clients_per_round or clients
+    return tuple(
+        tuple(int(c) for c in draw_positions(clients, asked, config.seed, "cohort", round))
+        for round in range(1, config.federation.rounds + 1)
+    )
+
+
+def _demands(rates: Sequence[float], steps: Sequence[int]) -> list[tuple[float, int]]:
+    """The (sample rate, steps) pairs that no other pair exceeds in both: epsilon grows in each, so these bind."""
+    pairs = sorted({(q, t) for q, t in zip(rates, steps, strict=True) if t}, reverse=True)
+    binding: list[tuple[float, int]] = []
+    for rate, count in pairs:
+        if not binding or count > binding[-1][1]:
+            binding.append((rate, count))
+    return binding
+
+
+def _noise(config: cfg.Config, rates: Sequence[float], steps: Sequence[int]) -> float:
+    """The given noise multiplier, or the least that keeps every client within epsilon over its scheduled steps."""
+    privacy = config.privacy
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    if privacy.epsilon is None:
+        raise ConfigError("privacy.epsilon", "is not set")
+    return max(
+        calibration.noise_multiplier(privacy.epsilon, privacy.delta, rate, count, privacy.accountant)
+        for rate, count in _demands(rates, steps)
+    )
+
+
+class EpsilonBook:
+    """Epsilon by (sample rate, steps) at one noise multiplier: each distinct figure is computed once.
+
+    Args:
+        noise_multiplier: Of every step of the run.
+        delta: The claim's delta.
+        accountant: The config's.
+    """
+
+    def __init__(self, noise_multiplier: float, delta: float, accountant: str) -> None:
+        self.noise_multiplier, self.delta, self.accountant = noise_multiplier, delta, accountant
+        self._known: dict[tuple[float, int], float] = {}
+
+    def prepare(self, rate: float, counts: Sequence[int]) -> None:
+        """Compute many step counts of one rate together."""
+        fresh = sorted({c for c in counts if c and (rate, c) not in self._known})
+        if fresh:
+            curve = accountants.epsilon_curve(self.noise_multiplier, rate, fresh, self.delta, self.accountant)
+            self._known.update({(rate, c): e for c, e in zip(fresh, curve, strict=True)})
+
+    def at(self, rate: float, steps: int) -> float:
+        """Epsilon after `steps` steps; 0 before the first."""
+        if steps == 0:
+            return 0.0
+        if (rate, steps) not in self._known:
+            entry = Entry(self.noise_multiplier, rate, steps)
+            self._known[(rate, steps)] = accountants.epsilon([entry], self.delta, self.accountant)
+        return self._known[(rate, steps)]
+
+
+def steps_so_far(cohorts: Sequence[Sequence[int]], clients: int, local_steps: int) -> list[list[int]]:
+    """Scheduled steps of each client after each round: rounds x clients."""
+    total, table = [0] * clients, []
+    for cohort in cohorts:
+        for client in cohort:
+            total[client] += local_steps
+        table.append(list(total))
+    return table
+
+
+def _epsilon_by_round(book: EpsilonBook, rates: Sequence[float], table: list[list[int]]) -> tuple[float, ...]:
+    binding = [_demands(rates, row) for row in table]
+    for rate in {rate for row in binding for rate, _ in row}:
+        book.prepare(rate, [count for row in binding for q, count in row if q == rate])
+    return tuple(max((book.at(q, t) for q, t in row), default=0.0) for row in binding)
+
+
+def _max_rounds(config: cfg.Config, noise: float, rates: Sequence[float]) -> int | None:
+    """Rounds that fit the budget for a client that is asked in each of them; None without a budget."""
+    limits = [e for e in (config.policy.max_epsilon, config.privacy.epsilon) if e is not None]
+    if not limits:
+        return None
+    privacy = config.privacy
+    steps = calibration.max_steps(min(limits), privacy.delta, max(rates), noise, privacy.accountant)
+    return steps // config.federation.local_steps
+
+
+def _draws_known(config: cfg.Config) -> bool:
+    """Whether every round's support follows from public streams alone."""
+    sparsity = config.sparsity
+    methods = {sparsity.freeze.method, sparsity.drop.method} - {"none", "random"}
+    return not methods and sparsity.shared and (sparsity.freeze.odds == "uniform" or sparsity.freeze.method == "none")
+
+
+class _LiveCounts:
+    """Live counts of rounds and of unions of rounds, drawn when they must be and may be."""
+
+    def __init__(self, config: cfg.Config, layout: Layout, survivors: int) -> None:
+        self._config, self._layout, self._survivors = config, layout, survivors
+        fed, sparsity = config.federation, config.sparsity
+        self.drawable = (
+            _draws_known(config) and sparsity.granularity == "element" and survivors * fed.rounds * fed.local_steps <= MOST_DRAWS
+        )
+        # Positions inside the survivors are all that a uniform draw depends on, so any survivors of this size will do.
+        self._stand_in = Support(np.arange(survivors, dtype=np.int64), layout.d)
+        bound = (
+            live_by_round(sparsity, survivors, fed.rounds, local_steps=fed.local_steps)
+            if sparsity.granularity == "element"
+            else [survivors] * fed.rounds
+        )
+        self._moving = sparsity.freeze.method != "none" or sparsity.drop.method != "none"
+        differ = sparsity.drop.method == "random" or (sparsity.freeze.method == "random" and sparsity.freeze.refresh == "step")
+        if differ and self.drawable:
+            bound = [self._draw(round).k for round in range(1, fed.rounds + 1)]
+        self.by_round = tuple(bound)
+        self.exact = sparsity.granularity == "element" and (self.drawable or not differ)
+
+    def _draw(self, round: int) -> Support:
+        fed = self._config.federation
+        return round_support(
+            self._config.sparsity, self._stand_in, self._layout, self._config.seed, round, fed.rounds, local_steps=fed.local_steps
+        ).support
+
+    def union(self, first: int, last: int) -> tuple[int, bool]:
+        """(size of the union of the supports of rounds first..last, whether it is exact)."""
+        if first > last:
+            return 0, True
+        if first == last:
+            return self.by_round[first - 1], self.exact
+        if not self._moving:
+            return self._survivors, True
+        if self.drawable:
+            return union([self._draw(round) for round in range(first, last + 1)]).k, True
+        return min(self._survivors, sum(self.by_round[first - 1 : last])), False
+
+
+def _traffic(
+    config: cfg.Config, layout: Layout, counts: _LiveCounts, cohorts: Sequence[Sequence[int]], survivors: int
+) -> tuple[Traffic, Traffic]:
+    """Payload bytes up and down, by the rules of `federation/broadcast.py`."""
+    up_codec, plain = codec(config.wire.uplink), codec("float32")
+    mask_sent = config.sparsity.prune.method not in ("none", "random")
+    mask = packed_size_bound(layout.d, survivors) if mask_sent else 0
+    # A bitmask has one size; gap codes, chosen for very sparse supports, have at most this one.
+    mask_exact = not mask_sent or mask in (0, 1 + (layout.d + 7) // 8)
+    up: list[int] = []
+    down: list[int] = []
+    seen: dict[int, int] = {}
+    exact = counts.exact
+    messages = 0
+    memo: Callable[[int, int], tuple[int, bool]] = _memoised(counts.union)
+    for round, cohort in enumerate(cohorts, start=1):
+        up.append(len(cohort) * up_codec.size(counts.by_round[round - 1]))
+        total = 0
+        for client in cohort:
+            if client in seen:
+                size, known = memo(seen[client], round - 1)
+                total += plain.size(size)
+            else:
+                known = mask_exact
+                total += mask + (0 if round == 1 else plain.size(survivors))
+            exact = exact and known
+            seen[client] = round
+        down.append(total)
+        messages += len(cohort)
+    dense = messages * FLOAT32 * layout.d
+    return Traffic(tuple(up), dense, counts.exact), Traffic(tuple(down), dense, exact)
+
+
+def _memoised(function: Callable[[int, int], tuple[int, bool]]) -> Callable[[int, int], tuple[int, bool]]:
+    known: dict[tuple[int, int], tuple[int, bool]] = {}
+
+    def look(first: int, last: int) -> tuple[int, bool]:
+        if (first, last) not in known:
+            known[(first, last)] = function(first, last)
+        return known[(first, last)]
+
+    return look
+
+
+def make_plan(config: cfg.Config, facts: Facts, *, cohorts_known: bool = True) -> Plan:
+    """Every number that can be known before the run.
+
+    Args:
+        config: The validated config.
+        facts: Shapes and nominal sizes.
+        cohorts_known: True in simulation, where cohorts are drawn beforehand; in a deployment every client is charged as if
+            asked in every round.
+
+    Raises:
+        ConfigError: A value that is impossible for these sizes.
+    """
+    warnings = check_sizes(config, facts.nominal_sizes)
+    clients, local_steps = len(facts.nominal_sizes), config.federation.local_steps
+    rates = tuple(sample_rate(config.privacy, n) for n in facts.nominal_sizes)
+    everyone = tuple(range(clients))
+    cohorts = draw_cohorts(config, clients) if cohorts_known else (everyone,) * config.federation.rounds
+    table = steps_so_far(cohorts, clients, local_steps)
+    noise = _noise(config, rates, table[-1])
+    book = EpsilonBook(noise, config.privacy.delta, config.privacy.accountant)
+    survivors = survivors_count(config.sparsity.prune, facts.layout, config.sparsity.granularity)
+    counts = _LiveCounts(config, facts.layout, survivors)
+    uplink, downlink = _traffic(config, facts.layout, counts, cohorts, survivors)
+    return Plan(
+        noise_multiplier=noise,
+        delta=config.privacy.delta,
+        accountant=config.privacy.accountant,
+        nominal_sizes=facts.nominal_sizes,
+        sample_rates=rates,
+        cohorts=cohorts,
+        steps_by_client=tuple(table[-1]),
+        epsilon_by_round=_epsilon_by_round(book, rates, table),
+        parameters=facts.layout.d,
+        survivors=survivors,
+        live_by_round=counts.by_round,
+        live_exact=counts.exact,
+        uplink=uplink,
+        downlink=downlink,
+        max_rounds=_max_rounds(config, noise, rates),
+        warnings=warnings,
+    )
