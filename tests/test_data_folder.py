@@ -20,9 +20,8 @@ def write(folder, mode: str = "RGB"):
         for name, count in counts.items():
             (folder / part / name).mkdir(parents=True)
             for row in range(count):
-                Image.new(mode, (6, 4), 40 * row if mode == "L" else (40 * row, 1, 2)).save(
-                    folder / part / name / f"{row}.{suffix}"
-                )
+                colour = 40 * row if mode == "L" else (40 * row, 1, 2)
+                Image.new(mode, (6, 4), colour).save(folder / part / name / f"{row}.png")
     return folder
 
 

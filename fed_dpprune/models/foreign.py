@@ -8,6 +8,7 @@ activations by ordinary ones. What cannot be replaced is refused. Imports torch 
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import torch
@@ -43,9 +44,14 @@ def private_ready(module: nn.Module, name: str) -> nn.Module:
     """
     from opacus.validators import ModuleValidator
 
-    module = _without_randomness(module)
-    fixed: nn.Module = ModuleValidator.fix(module.train())
-    errors = ModuleValidator.validate(fixed.train(), strict=False)
+    fixed = _without_randomness(module).train()
+    try:
+        if ModuleValidator.validate(fixed, strict=False):
+            fixed = ModuleValidator.fix(fixed).train()  # makes a copy, so only where it is needed
+        errors = ModuleValidator.validate(fixed, strict=False)
+    except (AttributeError, TypeError, ValueError, RuntimeError, pickle.PicklingError) as error:
+        why = f"{name} cannot be made private-ready ({str(error).splitlines()[0]})"
+        raise ConfigError("model.name", why, "replace its batch norms yourself, and define its classes in a module") from None
     mixing = [type(part).__name__ for part in fixed.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     if errors or mixing:
         why = str(errors[0]).splitlines()[0] if errors else f"{mixing[0]} mixes the examples of a batch"
