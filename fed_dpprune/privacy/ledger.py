@@ -59,6 +59,7 @@ class Ledger:
         self._lock = locks.Lock(path)
         self._threads = threading.RLock()
         self._process = os.getpid()
+        self._locked = False
         self._connection: sqlite3.Connection | None = None
         self._inode = 0
         self._accounts: dict[str, Account] = {}
@@ -111,15 +112,15 @@ class Ledger:
             "sampler": "poisson",
             "delta": repr(float(delta)),
         }
-        locks.create_private(ledger.path)
-        with ledger._faults():
-            ledger._connect()
-            ledger._execute("BEGIN IMMEDIATE")
-            for statement in _statements(rows.TABLES):
-                ledger._execute(statement)
-            ledger._sql.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
-            ledger._execute("COMMIT")
-        ledger._start(identity)
+        locks.make_directory(ledger.path.parent)
+        with ledger._held_if_shared():
+            locks.create_private(ledger.path)
+            try:
+                ledger._lay_out(meta)
+            except LedgerError:
+                ledger.path.unlink(missing_ok=True)
+                raise
+            ledger._start(identity)
         return ledger
 
     @classmethod
@@ -200,6 +201,16 @@ class Ledger:
         if mode == SIMULATION:
             return "wal", 1
         return ("wal", 2) if version >= WAL_IS_SAFE_FROM else ("delete", 3)
+
+    def _lay_out(self, meta: dict[str, str]) -> None:
+        """Write the tables and what is fixed for good into a new file, in one transaction."""
+        with self._faults():
+            self._connect()
+            self._execute("BEGIN IMMEDIATE")
+            for statement in _statements(rows.TABLES):
+                self._execute(statement)
+            self._sql.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
+            self._execute("COMMIT")
 
     def _start(self, identity: str) -> None:
         """Check what was opened, and refuse what is not this budget's newest state."""
@@ -569,24 +580,23 @@ class Ledger:
             try:
                 if self.mode != "read" and (not self.path.exists() or os.stat(self.path).st_ino != self._inode):
                     raise LedgerError(str(self.path), "was removed or replaced while it was open", "stop, and restore it")
-                if self.mode == DEPLOYMENT and not self._locked:
-                    with self._lock.held(self.path, WAIT_S), self._marked_locked():
-                        yield
-                else:
+                with self._held_if_shared():
                     yield
             except (sqlite3.Error, OSError) as error:
                 raise self._fault(error) from error
 
-    _locked = False
-
     @contextlib.contextmanager
-    def _marked_locked(self) -> Iterator[None]:
-        """Operations inside an operation do not lock again."""
-        self._locked = True
-        try:
+    def _held_if_shared(self) -> Iterator[None]:
+        """In a deployment the lock between processes; operations inside an operation do not take it again."""
+        if self.mode != DEPLOYMENT or self._locked:
             yield
-        finally:
-            self._locked = False
+            return
+        with self._lock.held(self.path, WAIT_S):
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
 
     def _refresh(self) -> None:
         """Bring memory up to the file where another connection may have written."""

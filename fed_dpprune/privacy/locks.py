@@ -102,14 +102,25 @@ def _forget_after_fork() -> None:
 os.register_at_fork(after_in_child=_forget_after_fork)
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory that only its owner can enter (0700), when it is missing.
+
+    Raises:
+        LedgerError: The place is not writable.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise LedgerError(str(directory), f"cannot be made ({error.strerror})", "name a directory that you own") from None
+
+
 def create_private(path: Path) -> None:
-    """Make an empty file that only its owner can read (0600), its directory with 0700 when that is missing.
+    """Make an empty file that only its owner can read (0600).
 
     Raises:
         LedgerError: The file exists, or the place is not writable.
     """
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
         sync_directory(path.parent)
     except FileExistsError:

@@ -34,14 +34,11 @@ def divergence(noise_multiplier: float, sample_rate: float, order: int) -> float
     Mironov, Talwar and Zhang (1908.10530), section 3.3; for sample rate 1 it is order / (2 sigma^2).
     """
     if sample_rate == 1.0:
-        return order / (2.0 * noise_multiplier**2)
+        return order / 2.0 / noise_multiplier / noise_multiplier
     index = np.arange(order + 1, dtype=np.float64)
-    terms = (
-        _log_binomials(order)
-        + index * math.log(sample_rate)
-        + (order - index) * math.log1p(-sample_rate)
-        + (index * index - index) / (2.0 * noise_multiplier**2)
-    )
+    with np.errstate(over="ignore"):
+        growth = (index * index - index) / 2.0 / noise_multiplier / noise_multiplier
+    terms = _log_binomials(order) + index * math.log(sample_rate) + (order - index) * math.log1p(-sample_rate) + growth
     peak = float(terms.max())
     if not math.isfinite(peak):
         return math.inf
