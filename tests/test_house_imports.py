@@ -25,8 +25,22 @@ ARROWS: dict[str, set[str]] = {
     "plan": {"comm", "privacy", "sparsity.prune", "sparsity.recipe", "sparsity.schedule"},
     "federation": {"plan", "comm", "data", "dpsgd", "models", "privacy", "sparsity"},
     "study": {"federation", "console", "plan", "comm", "data", "dpsgd", "models", "privacy", "sparsity"},
+    "starter": set(),
     "doctor": {"console", "data", "dpsgd", "privacy"},
-    "cli": {"study", "doctor", "federation", "console", "plan", "comm", "data", "dpsgd", "models", "privacy", "sparsity"},
+    "cli": {
+        "study",
+        "doctor",
+        "starter",
+        "federation",
+        "console",
+        "plan",
+        "comm",
+        "data",
+        "dpsgd",
+        "models",
+        "privacy",
+        "sparsity",
+    },
 }
 # Third-party packages that only these rooms may name.
 KEPT_TO: dict[str, set[str]] = {
