@@ -1,7 +1,7 @@
 """A user's own code by dotted path: `package.module:name`. Standard library only.
 
-Such a path comes from the user's config alone; a client never takes one from a message. The working directory is searched
-after the installed packages.
+Whoever writes the config chooses what runs, so a client in a deployment must not take such a path from anyone but its own
+operator (`is_path` tells them apart). The working directory is searched after the installed packages.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fed_dpprune import config
-from fed_dpprune.data import registry
+from fed_dpprune.data import npz, registry
 from fed_dpprune.errors import DataError
 
 
@@ -72,6 +72,16 @@ def test_labels_agree_with_the_loaded_set(tmp_path, save):
     assert (labels.classes, labels.input_shape, labels.test_size) == (3, (3, 5, 4), 6)
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_labels_read_nothing_of_the_features_but_their_header(tmp_path, monkeypatch, save):
+    data = write(tmp_path, save=save)
+    read = npz._member
+    seen = []
+    monkeypatch.setattr(npz, "_member", lambda path, key: seen.append(key) or read(path, key))
+    registry.labels(data, 0)
+    assert sorted(seen) == ["y_test", "y_train"]
+
+
 def test_a_path_is_relative_to_the_working_directory(tmp_path, monkeypatch):
     write(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -119,7 +129,7 @@ class Bomb:
         return (Path.touch, (self.marker,))
 
 
-@pytest.mark.parametrize("key", ["x_train", "y_train"])
+@pytest.mark.parametrize("key", ["x_train", "y_train"])  # both are looked at by both
 @pytest.mark.parametrize("read", [registry.load, registry.labels])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_pickled_objects_are_refused_and_never_run(tmp_path, key, read, save):

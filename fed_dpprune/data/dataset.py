@@ -70,10 +70,6 @@ class Examples:
             rows /= np.float32(self.scale.half_range)
         return rows, self.y[indices]
 
-    def select(self, indices: NDArray[np.int64]) -> Examples:
-        """The rows at `indices` as Examples of their own (a copy)."""
-        return Examples(self.x[indices], self.y[indices], self.scale)
-
 
 @dataclass(frozen=True)
 class Dataset:

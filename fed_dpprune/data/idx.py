@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,19 +84,6 @@ class Source:
         if hashlib.md5(blob, usedforsecurity=False).hexdigest() != (packed if path.suffix == ".gz" else unpacked):
             raise DataError(str(path), "has the wrong checksum, it is damaged or another file", "fetch it again")
         return parse(gzip.decompress(blob) if path.suffix == ".gz" else blob, str(path))
-
-
-def read(path: Path) -> NDArray[np.uint8]:
-    """Any IDX file of unsigned bytes, packed or not, without a checksum.
-
-    Raises:
-        DataError: Not such a file.
-    """
-    try:
-        blob = path.read_bytes()
-        return parse(gzip.decompress(blob) if path.suffix == ".gz" else blob, str(path))
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(str(path), f"cannot be read ({error})") from None
 
 
 def parse(blob: bytes, where: str) -> NDArray[np.uint8]:

@@ -6,9 +6,12 @@ Shapes: N x F, N x H x W, or N x H x W x C. Labels are integers from 0. Members 
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +23,7 @@ from fed_dpprune.errors import DataError
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 CHANNELS = (1, 2, 3, 4)
 LOCAL_HEADER = 30  # bytes of a zip member's local header before its name (PKWARE APPNOTE 4.3.7)
+PICKLED = "holds pickled objects, which are never loaded"
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -29,7 +33,7 @@ def load(data: config.Data, seed: int) -> Dataset:
 
 
 def labels(data: config.Data, seed: int) -> Labels:
-    """Labels and shapes; features are not read where they are stored uncompressed."""
+    """Labels and shapes; of the features only the header is read."""
     return labels_file(data.dataset)
 
 
@@ -49,7 +53,7 @@ def labels_file(file: str | Path) -> Labels:
     """What `plan` may read of one file. See `load_file` for errors."""
     path = Path(file).expanduser()
     y_train, y_test = (_labels(_member(path, key), key, str(file)) for key in ("y_train", "y_test"))
-    x_train = _member(path, "x_train")
+    x_train = _blank(path, "x_train")
     shape = tuple(_channels_first(x_train, "x_train", str(file)).shape[1:])
     _same_length(x_train, y_train, "train", str(file))
     if not (y_train.size and y_test.size):
@@ -59,23 +63,47 @@ def labels_file(file: str | Path) -> Labels:
 
 def _member(path: Path, key: str) -> NDArray[Any]:
     """One array of the file: a read-only memory map when stored uncompressed, else read into memory."""
+    with _opened(path, key) as (archive, member):
+        mapped = _map(path, member) if member.compress_type == zipfile.ZIP_STORED else None
+        if mapped is not None:
+            return mapped
+        with archive.open(member) as file:
+            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+
+
+def _blank(path: Path, key: str) -> NDArray[Any]:
+    """An array of the shape and type that the header of a member names, holding nothing."""
+    with _opened(path, key) as (archive, member), archive.open(member) as file:
+        header = _header(file)
+    if header is None:
+        return _member(path, key)
+    shape, _, dtype = header
+    if dtype.hasobject:
+        raise DataError(str(path), f"{key} {PICKLED}", "save plain numbers")
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, key: str) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo]]:
+    """The archive and the member of one array; whatever goes wrong inside becomes one clear line."""
     try:
         with zipfile.ZipFile(path) as archive:
             if f"{key}.npy" not in archive.namelist():
                 found = ", ".join(sorted(n.removesuffix(".npy") for n in archive.namelist())) or "nothing"
                 raise DataError(str(path), f"holds no {key} (it holds {found})", f"save {', '.join(KEYS)}")
-            member = archive.getinfo(f"{key}.npy")
-            mapped = _map(path, member) if member.compress_type == zipfile.ZIP_STORED else None
-            if mapped is not None:
-                return mapped
-            with archive.open(member) as file:
-                return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+            yield archive, archive.getinfo(f"{key}.npy")
     except FileNotFoundError:
         raise DataError(str(path), "no such file", "paths are relative to the working directory") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         if "pickle" in str(error) or "Object arrays" in str(error):
-            raise DataError(str(path), f"{key} holds pickled objects, which are never loaded", "save plain numbers") from None
+            raise DataError(str(path), f"{key} {PICKLED}", "save plain numbers") from None
         raise DataError(str(path), f"cannot be read as an .npz ({error})", "write it with numpy.savez") from None
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]] | None:
+    """Shape, Fortran order and type of the array that begins here; None where the header is of a newer kind."""
+    read = _READ_HEADER.get(np.lib.format.read_magic(file))
+    return None if read is None else read(file)
 
 
 def _map(path: Path, member: zipfile.ZipInfo) -> NDArray[Any] | None:
@@ -85,11 +113,10 @@ def _map(path: Path, member: zipfile.ZipInfo) -> NDArray[Any] | None:
         local = file.read(LOCAL_HEADER)
         name_length, extra_length = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
         file.seek(member.header_offset + LOCAL_HEADER + name_length + extra_length)
-        read_header = _READ_HEADER.get(np.lib.format.read_magic(file))
-        if read_header is None:
-            return None
-        shape, fortran, dtype = read_header(file)
-        offset = file.tell()
+        header, offset = _header(file), file.tell()
+    if header is None:
+        return None
+    shape, fortran, dtype = header
     if dtype.hasobject or not all(shape):
         return None  # the plain reader refuses the first and makes an empty array of the second
     if offset + dtype.itemsize * int(np.prod(shape)) > path.stat().st_size:
