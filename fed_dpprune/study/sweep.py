@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpprune import config as cfg
-from fed_dpprune.console import Screen, quiet_screen
+from fed_dpprune.console import Screen, plain_screen, quiet_screen
 from fed_dpprune.errors import BadInput, FedDPPruneError
 from fed_dpprune.records import write_atomically
 from fed_dpprune.study import design, results, workers
@@ -124,6 +124,11 @@ def sweep(
     except OSError as error:
         raise BadInput(str(out), f"cannot be written ({error.strerror})", "choose another --out") from None
     return _run(study, out, screen, jobs, backend, execute)
+
+
+def main(study_file: Path, *, jobs: int, out: Path | None) -> int:
+    """The command, on the process's own screen."""
+    return sweep(study_file, plain_screen(), jobs=jobs, out=out)
 
 
 def _run(study: design.Study, out: Path, screen: Screen, jobs: int, backend: str, execute: workers.Execute | None) -> int:
