@@ -89,6 +89,15 @@ def test_a_path_is_relative_to_the_working_directory(tmp_path, monkeypatch):
     assert registry.absolute(config.Data(dataset="own.npz")).dataset == str((tmp_path / "own.npz").resolve())
 
 
+@pytest.mark.parametrize("read", [registry.load, registry.labels])
+def test_the_number_of_classes_may_be_declared(tmp_path, read):
+    assert read(write(tmp_path, classes=7), 0).classes == 7
+    assert read(write(tmp_path, classes=np.array([3])), 0).classes == 3
+    for wrong in (2, 7.0, np.array([7, 7])):
+        with pytest.raises(DataError, match="above the highest label 2"):
+            read(write(tmp_path, classes=wrong), 0)
+
+
 MALFORMED = {
     "missing key": ({"y_test": None}, "holds no y_test"),
     "integer features": ({"x_train": np.zeros((12, 2), np.int32)}, "int32"),

@@ -1,7 +1,8 @@
 """A user's own `.npz`: x_train, y_train, x_test, y_test. uint8 features are scaled to [-1, 1], floats are taken as they are.
 
 Shapes: N x F, N x H x W, or N x H x W x C. Labels are integers from 0. Members that were stored without compression
-(`numpy.savez`) are memory-mapped, so that several processes share the pages. Pickled objects are never loaded.
+(`numpy.savez`) are memory-mapped, so that several processes share the pages. Pickled objects are never loaded. An optional
+`classes` (one integer) declares the number of classes: needed where one file, for example a single client's, lacks the last.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def load_file(file: str | Path, name: str, notes: tuple[str, ...] = ()) -> Datas
     """
     arrays = {key: _member(Path(file).expanduser(), key) for key in KEYS}
     train, test = (_examples(arrays, part, str(file)) for part in ("train", "test"))
-    classes = 1 + max(int(train.y.max(initial=0)), int(test.y.max(initial=0)))
+    classes = _classes(Path(file).expanduser(), max(int(train.y.max()), int(test.y.max())))
     return Dataset(name, train, test, classes, train.shape, notes=notes)
 
 
@@ -58,7 +59,19 @@ def labels_file(file: str | Path) -> Labels:
     _same_length(x_train, y_train, "train", str(file))
     if not (y_train.size and y_test.size):
         raise DataError(str(file), "has no rows in y_train or y_test")
-    return Labels(y_train, 1 + int(max(y_train.max(), y_test.max())), shape, None, int(y_test.size))
+    classes = _classes(path, int(max(y_train.max(), y_test.max())))
+    return Labels(y_train, classes, shape, None, int(y_test.size))
+
+
+def _classes(path: Path, highest: int) -> int:
+    """The number that the file declares, else one more than the highest label it holds."""
+    with zipfile.ZipFile(path) as archive:
+        if "classes.npy" not in archive.namelist():
+            return highest + 1
+    declared = _member(path, "classes")
+    if declared.size != 1 or declared.dtype.kind not in "iu" or int(declared.reshape(())) <= highest:
+        raise DataError(str(path), f"classes is not a whole number above the highest label {highest}", "save classes=10, say")
+    return int(declared.reshape(()))
 
 
 def _member(path: Path, key: str) -> NDArray[Any]:
