@@ -24,6 +24,7 @@ from fed_dpprune.records import RoundRecord
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
+    from rich.progress import ProgressColumn
 
 CALM: Mapping[str, str] = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -218,9 +219,27 @@ class Progress:
                 print(text, file=self._screen.out, flush=True)
 
 
+def time_left_column() -> ProgressColumn:
+    """Shows `0:12 left`, and nothing while no pace is known: a lone "left" would be read with the time before it."""
+    from rich.progress import ProgressColumn, Task
+    from rich.text import Text
+
+    class TimeLeft(ProgressColumn):
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            seconds = task.time_remaining
+            if seconds is None or task.finished:
+                return Text("")
+            minutes, rest = divmod(int(seconds), 60)
+            return Text(f"{minutes}:{rest:02d} left", style="progress.remaining")
+
+    return TimeLeft()
+
+
 def _bar(screen: Screen) -> RichProgress:
     """A one-line bar that fits into 80 columns and does not catch what libraries print."""
-    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress
 
     console = screen.console()
@@ -231,8 +250,7 @@ def _bar(screen: Screen) -> RichProgress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        time_left_column(),
         console=console,
         refresh_per_second=4,
         # The pace over the whole run: rounds may be slow, and Ray's start is before the first one.

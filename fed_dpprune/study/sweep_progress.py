@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from fed_dpprune.console import Screen
+from fed_dpprune.console import Screen, time_left_column
 from fed_dpprune.study.compare import number
 from fed_dpprune.study.results import Result
 
@@ -78,7 +78,7 @@ class SweepProgress:
 
 
 def _bar(screen: Screen) -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
         TextColumn("{task.description}", markup=False),
@@ -86,8 +86,7 @@ def _bar(screen: Screen) -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        time_left_column(),
         console=screen.console(),
         refresh_per_second=4,
         speed_estimate_period=24 * 3600.0,
