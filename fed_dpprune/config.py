@@ -22,17 +22,7 @@ Value = bool | int | float | str | list[Any]
 LISTS_AS_TEXT = ","
 
 # Keys that the contract fixes and whose feature lands later: key -> values that work today (None: only the default).
-LATER: dict[str, tuple[Value, ...] | None] = {
-    "data.public": None,
-    "model.weights": None,
-    "sparsity.shared": None,
-    "sparsity.freeze.method": ("random", "magnitude"),
-    "sparsity.drop.method": ("random", "magnitude"),
-    "sparsity.prune.method": ("random", "magnitude", "synflow", "file"),
-    "wire.downlink": None,
-    "wire.error-feedback": None,
-    "wire.link": None,
-}
+LATER: dict[str, tuple[Value, ...] | None] = {"policy.allow-releases": None}
 
 
 def _kebab(name: str) -> str:
@@ -358,8 +348,29 @@ def _cross_checks(config: Config) -> None:
             'by magnitude, "run" would freeze what pre-pruning holds',
             'use sparsity.prune.method = "magnitude" with sparsity.prune.inactive = "hold"',
         )
+    _check_public(config)
+    if config.wire.error_feedback and config.wire.downlink == "float32":
+        raise ConfigError("wire.error-feedback", "a float32 downlink leaves no error to feed back", "set wire.downlink")
     if sparsity.prune.method == "file" and not sparsity.prune.file:
         raise ConfigError("sparsity.prune.file", 'it is empty but sparsity.prune.method is "file"', "name a saved support")
+
+
+def _check_public(config: Config) -> None:
+    """Scores of labelled data come from public data or not at all."""
+    sparsity = config.sparsity
+    users = {
+        "sparsity.prune.method": sparsity.prune.method == "snip",
+        "sparsity.freeze.method": sparsity.freeze.method == "public",
+        "sparsity.drop.method": sparsity.drop.method == "public",
+    }
+    for key, reads in users.items():
+        if reads and not config.data.public:
+            raise ConfigError(key, "reads labelled examples, and on private ones it is refused", "declare data.public")
+    shipped = users["sparsity.freeze.method"] or users["sparsity.drop.method"]
+    if shipped and not sparsity.shared:
+        raise ConfigError("sparsity.shared", "public scores choose one support for all clients", "leave it true")
+    if users["sparsity.drop.method"] and sparsity.freeze.method == "random" and sparsity.freeze.refresh == "step":
+        raise ConfigError("sparsity.freeze.refresh", 'with drop by public scores, "step" is not offered', "use round or run")
 
 
 def _refuse_later(config: Config) -> None:

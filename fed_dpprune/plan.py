@@ -264,6 +264,13 @@ def _draws_known(config: cfg.Config) -> bool:
     return not methods and sparsity.shared and (sparsity.freeze.odds == "uniform" or sparsity.freeze.method == "none")
 
 
+def _positions_travel(config: cfg.Config, missed: int) -> bool:
+    """Whether a client must be sent which coordinates changed (the rule of `federation.supports.changes_follow`)."""
+    sparsity = config.sparsity
+    methods = (sparsity.freeze.method, sparsity.drop.method)
+    return not sparsity.shared or "public" in methods or ("magnitude" in methods and missed > 1)
+
+
 class _LiveCounts:
     """Live counts of rounds and of unions of rounds, drawn when they must be and may be."""
 
@@ -306,36 +313,68 @@ class _LiveCounts:
         return min(self._survivors, sum(self.by_round[first - 1 : last])), False
 
 
+class _Downlink:
+    """Payload bytes of the downlink, by the rules of `federation/broadcast.py`; see there."""
+
+    def __init__(self, config: cfg.Config, layout: Layout, counts: _LiveCounts, survivors: int, cohort: int) -> None:
+        self._config, self._counts, self._survivors, self._cohort = config, counts, survivors, cohort
+        self._union = _memoised(counts.union)
+        self._lossy = None if config.wire.downlink == "float32" else codec(config.wire.downlink)
+        mask_sent = config.sparsity.prune.method not in ("none", "random")
+        self._mask = packed_size_bound(layout.d, survivors) if mask_sent else 0
+        # A bitmask has one size; gap codes, chosen for very sparse supports, have at most this one.
+        self._mask_exact = not mask_sent or self._mask in (0, 1 + (layout.d + 7) // 8)
+        held = config.sparsity.prune.inactive == "hold" or any(t.frozen for t in layout.tensors)
+        self._weights_sent = bool(config.model.weights)
+        self._values = layout.d if held and self._weights_sent else survivors
+
+    def shipped(self, round: int) -> tuple[int, bool]:
+        """Bytes of the packed support itself, where the clients cannot draw it."""
+        if "public" not in (self._config.sparsity.freeze.method, self._config.sparsity.drop.method):
+            return 0, True
+        return packed_size_bound(self._survivors, self._counts.by_round[round - 1]), False
+
+    def first(self, round: int) -> tuple[int, bool]:
+        """A client's first message: the mask where it travels, and values unless both ends make them."""
+        values = FLOAT32 * self._values if round > 1 or self._weights_sent else 0
+        return self._mask + values, self._mask_exact
+
+    def update(self, seen: int, round: int) -> tuple[int, bool]:
+        """What a client that last took part in round `seen` is sent: the smaller of values and quantised releases."""
+        missed = range(seen, round)
+        if self._config.sparsity.shared:
+            size, exact = self._union(seen, round - 1)
+        else:  # every client of a missed round moved coordinates of its own
+            moved = sum(self._cohort * self._counts.by_round[r - 1] for r in missed)
+            size, exact = min(self._survivors, moved), False
+        values = FLOAT32 * size
+        if _positions_travel(self._config, len(missed)):
+            return values + packed_size_bound(self._survivors, size), False
+        if self._lossy is None:
+            return values, exact
+        replay = sum(self._lossy.size(self._counts.by_round[r - 1]) for r in missed)
+        return min(values, replay), exact and self._counts.exact
+
+
 def _traffic(
     config: cfg.Config, layout: Layout, counts: _LiveCounts, cohorts: Sequence[Sequence[int]], survivors: int
 ) -> tuple[Traffic, Traffic]:
-    """Payload bytes up and down, by the rules of `federation/broadcast.py`."""
-    up_codec, plain = codec(config.wire.uplink), codec("float32")
-    mask_sent = config.sparsity.prune.method not in ("none", "random")
-    mask = packed_size_bound(layout.d, survivors) if mask_sent else 0
-    # A bitmask has one size; gap codes, chosen for very sparse supports, have at most this one.
-    mask_exact = not mask_sent or mask in (0, 1 + (layout.d + 7) // 8)
+    """Payload bytes up and down."""
+    way, up_codec = _Downlink(config, layout, counts, survivors, len(cohorts[0])), codec(config.wire.uplink)
     up: list[int] = []
     down: list[int] = []
     seen: dict[int, int] = {}
-    exact = counts.exact
-    messages = 0
-    memo: Callable[[int, int], tuple[int, bool]] = _memoised(counts.union)
+    exact = True
     for round, cohort in enumerate(cohorts, start=1):
         up.append(len(cohort) * up_codec.size(counts.by_round[round - 1]))
         total = 0
         for client in cohort:
-            if client in seen:
-                size, known = memo(seen[client], round - 1)
-                total += plain.size(size)
-            else:
-                known = mask_exact
-                total += mask + (0 if round == 1 else plain.size(survivors))
-            exact = exact and known
+            parts = (way.shipped(round), way.update(seen[client], round) if client in seen else way.first(round))
+            total += sum(size for size, _ in parts)
+            exact = exact and all(known for _, known in parts)
             seen[client] = round
         down.append(total)
-        messages += len(cohort)
-    dense = messages * FLOAT32 * layout.d
+    dense = sum(map(len, cohorts)) * FLOAT32 * layout.d
     return Traffic(tuple(up), dense, counts.exact), Traffic(tuple(down), dense, exact)
 
 
@@ -356,8 +395,8 @@ def make_plan(config: cfg.Config, facts: Facts, *, cohorts_known: bool = True) -
     Args:
         config: The validated config.
         facts: Shapes and nominal sizes.
-        cohorts_known: True in simulation, where cohorts are drawn beforehand; in a deployment every client is charged as if
-            asked in every round.
+        cohorts_known: True in simulation, where the drawn cohorts are what happens; in a deployment the noise is calibrated,
+            and epsilon predicted, as if every client were asked in every round.
 
     Raises:
         ConfigError: A value that is impossible for these sizes.
@@ -365,9 +404,9 @@ def make_plan(config: cfg.Config, facts: Facts, *, cohorts_known: bool = True) -
     warnings = check_sizes(config, facts.nominal_sizes)
     clients, local_steps = len(facts.nominal_sizes), config.federation.local_steps
     rates = tuple(sample_rate(config.privacy, n) for n in facts.nominal_sizes)
-    everyone = tuple(range(clients))
-    cohorts = draw_cohorts(config, clients) if cohorts_known else (everyone,) * config.federation.rounds
-    table = steps_so_far(cohorts, clients, local_steps)
+    cohorts = draw_cohorts(config, clients)
+    everyone = (tuple(range(clients)),) * config.federation.rounds
+    table = steps_so_far(cohorts if cohorts_known else everyone, clients, local_steps)
     noise = _noise(config, rates, table[-1])
     book = EpsilonBook(noise, config.privacy.delta, config.privacy.accountant)
     survivors = survivors_count(config.sparsity.prune, facts.layout, config.sparsity.granularity)

@@ -44,6 +44,7 @@ class RoundRecord:
     message_down: int
     clients: ClientCounts
     notes: tuple[str, ...] = ()
+    link_s: float | None = None
     wall_s: float = 0.0
 
 

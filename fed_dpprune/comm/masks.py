@@ -32,6 +32,9 @@ SEED_PURPOSE = "client-support"
 def pack_positions(positions: NDArray[np.int64], n: int, *, seed: int | None = None) -> bytes:
     """A support as bytes; at most `packed_size_bound(n, k)` of them.
 
+    Gap codes are tried only where that bound is below a bitmask: then the length of a bitmask, which `plan` states as
+    exact, follows from n and k alone.
+
     Args:
         positions: Ascending, unique, in 0..n-1, shape (k,).
         n: Length of what they point into.
@@ -46,7 +49,9 @@ def pack_positions(positions: NDArray[np.int64], n: int, *, seed: int | None = N
     if k in (0, n):
         return b""
     candidates = [bytes([BITMASK]) + _pack_bitmask(positions, n)]
-    if k <= n - k:
+    if packed_size_bound(n, k) == len(candidates[0]):
+        pass
+    elif k <= n - k:
         candidates.append(_pack_gaps(KEPT_GAPS, positions, n))
     else:
         candidates.append(_pack_gaps(DROPPED_GAPS, _others(positions, n), n))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fed_dpprune import config as cfg
-from fed_dpprune.sparsity.support import Support
+from fed_dpprune.sparsity.support import Support, union
 
 # FedAdam's own choices (Reddi et al., arXiv 2003.00295, section 5): beta_2 0.99, tau 1e-3; beta_1 0.9 unless momentum is set.
 BETA_1, BETA_2, TAU = 0.9, 0.99, 1e-3
@@ -29,6 +29,21 @@ def mean_on_support(values: list[NDArray[np.float32]]) -> NDArray[np.float64]:
     for value in values:
         total += value
     return total / len(values)
+
+
+def mean_by_coordinate(supports: list[Support], values: list[NDArray[np.float32]], d: int) -> tuple[Support, NDArray[np.float64]]:
+    """Each coordinate's mean over the clients that sent it, for supports that are not shared.
+
+    Returns:
+        The union of the supports and the means on it, shape (k,). A coordinate that few clients drew moves with the noise
+        of few: the bias and variance of this are stated in docs/methods.md.
+    """
+    total, count = np.zeros(d), np.zeros(d)
+    for support, value in zip(supports, values, strict=True):
+        total[support.indices] += value
+        count[support.indices] += 1
+    moved = union(supports)
+    return moved, total[moved.indices] / count[moved.indices]
 
 
 def learning_rate(server: cfg.Server, round: int, rounds: int) -> float:

@@ -41,7 +41,6 @@ from fed_dpprune.privacy.policy import ClientPolicy
 _log = logging.getLogger(__name__)
 
 NODE_KEYS = ("partition-id", "num-partitions", "data", "nominal-size", "ledger")
-OUT_KEY = "out"
 
 
 class ContextStore:
@@ -168,7 +167,7 @@ class Node:
 
 
 def _runtime(context: Context) -> ClientRuntime:
-    config = cfg.build(run_keys(context.run_config))
+    config = cfg.build(context.run_config)
     node = Node(config, context.node_config)
     guard, ledger = node.guard()
     labels = datasets.labels(node.data, config.seed)
@@ -186,11 +185,6 @@ def _runtime(context: Context) -> ClientRuntime:
             ledger=ledger,
         )
     )
-
-
-def run_keys(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's keys of a run-config; `out` is the ServerApp's alone."""
-    return {key: value for key, value in run_config.items() if key != OUT_KEY}
 
 
 def _failed(message: Message, error: Exception) -> Message:
@@ -222,6 +216,15 @@ def make_client_app() -> ClientApp:
     return app
 
 
+def _speak() -> None:
+    """Let this package's own messages through to Flower's log, and nobody else's."""
+    logger = logging.getLogger("fed_dpprune")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 def make_server_app() -> ServerApp:
     """The ServerApp of `server/app.py`: the same server as `fed-dpprune run`, on Flower's own runtime."""
     app = ServerApp()
@@ -230,8 +233,7 @@ def make_server_app() -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         from fed_dpprune.federation.run import serve_app
 
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        out = context.run_config.get(OUT_KEY, "")
-        serve_app(grid, cfg.build(run_keys(context.run_config)), Path(str(out)) if out else None, threading.Event())
+        _speak()
+        serve_app(grid, cfg.build(context.run_config), threading.Event())
 
     return app

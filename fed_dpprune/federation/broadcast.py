@@ -1,14 +1,15 @@
 """The downlink: what each client is sent so that it holds, to the bit, the model that the server holds.
 
-A client is sent the start of the run once (`start`: what it cannot make itself), later only the values that changed
-since the round it last saw (`sync`), and the whole pruned model when it is new (`join`) or has lost its state
-(`resync`). Both ends recompute which coordinates changed; no index travels.
+A client is sent the start of the run once (`start`: what it cannot make itself), later only what changed since the round
+it last saw: the values on the changed coordinates (`sync`), or the missed rounds' quantised releases one after the other
+(`replay`), whichever is smaller; and the whole pruned model when it is new (`join`) or has lost its state (`resync`).
+Which coordinates changed is recomputed by the client wherever it can be; else their positions travel, packed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,100 +17,152 @@ from numpy.typing import NDArray
 
 from fed_dpprune import config as cfg
 from fed_dpprune.comm.codecs.table import codec
-from fed_dpprune.comm.downlink import decode_sync, encode_join, encode_sync
-from fed_dpprune.comm.masks import unpack_positions
+from fed_dpprune.comm.downlink import decode_sync, encode_join, encode_sync, join_replay, split_replay
+from fed_dpprune.comm.feedback import Downlink
+from fed_dpprune.comm.masks import pack_positions, unpack_positions
 from fed_dpprune.errors import WireError
 from fed_dpprune.federation import start
 from fed_dpprune.federation.model_store import model_digest
 from fed_dpprune.federation.start import Vector
+from fed_dpprune.federation.supports import changes_follow
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.support import Support, union
 
-KINDS = ("start", "join", "sync", "resync")
-METERED = {"start": "join", "join": "join", "sync": "sync", "resync": "resync"}
+KINDS = ("start", "join", "sync", "replay", "resync")
+METERED = {"start": "join", "join": "join", "sync": "sync", "replay": "sync", "resync": "resync"}
+PLAIN = "float32"
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """One client's downlink of one round: how, on what it builds, the missed rounds' inclusion odds, and the bytes."""
+    """One client's downlink of one round.
+
+    Attributes:
+        kind: One of KINDS.
+        base: Digest of the model that it builds on; empty where it builds on none.
+        payload: The bytes: the shipped support where there is one, positions of what changed where they travel, values.
+        odds: Inclusion odds of the missed rounds, one after the other.
+        shipped: (coordinates, bytes) of the shipped support.
+        changed: (coordinates, bytes) of the packed positions of what changed.
+    """
 
     kind: str
-    base: str
-    payload: bytes
+    base: str = ""
+    payload: bytes = b""
     odds: tuple[int, ...] = ()
+    shipped: tuple[int, int] = (0, 0)
+    changed: tuple[int, int] = (0, 0)
 
 
+@dataclass(frozen=True)
+class Change:
+    """What one aggregated round moved: the coordinates, the odds they were drawn by, and the quantised release."""
+
+    support: Support
+    odds: tuple[int, ...]
+    blob: bytes
+
+
+@dataclass
 class Broadcast:
     """The server's side: which version each client holds, and the payload that brings it up to date.
 
     Version v is the model after v aggregated rounds; version 0 is the pruned start.
+
+    Attributes:
+        config: The shared config.
+        layout: Coordinate order.
+        begin: The pruned start.
+        model: The newest version, as every client will hold it.
+        version: Its number.
+        digests: Of all versions.
+        held: The version that each client is known to hold.
     """
 
-    def __init__(self, config: cfg.Config, layout: Layout, begin: start.Start) -> None:
-        self._config, self._layout = config, layout
-        self._survivors = begin.survivors
-        self.model = begin.model
-        self.version = 0
-        self.digests = [model_digest(begin.model)]
-        self._changes: dict[int, tuple[Support, tuple[int, ...]]] = {}
-        self.held: dict[int, int] = {}
+    config: cfg.Config
+    layout: Layout
+    begin: start.Start
+    version: int = 0
+    held: dict[int, int] = field(default_factory=dict)
+    changes: dict[int, Change] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model = self.begin.model
+        self.digests = [model_digest(self.model)]
+        wire = self.config.wire
+        exact = wire.downlink == PLAIN
+        self._release = None if exact else Downlink(codec(wire.downlink), self.layout.d, error_feedback=wire.error_feedback)
 
     @property
     def digest(self) -> str:
         """Digest of the newest model."""
         return self.digests[-1]
 
-    def advance(self, model: Vector, changed: Support, odds: tuple[int, ...] = ()) -> None:
-        """A round was aggregated: `model` is the newest version, differing from the last on `changed` only.
+    def advance(self, wanted: Vector, support: Support, odds: tuple[int, ...] = ()) -> None:
+        """A round was aggregated. With a lossy downlink the server adopts what its clients will decode, nothing else.
 
         Args:
-            model: Shape (d,).
-            changed: The round's support.
-            odds: The inclusion odds that the support was drawn by, if any.
+            wanted: The model that the optimiser arrived at, shape (d,).
+            support: The coordinates that it moved.
+            odds: The inclusion odds that they were drawn by, if any.
         """
+        blob = b""
+        if self._release is None:
+            model = wanted
+        else:
+            index = support.indices
+            blob, applied = self._release.release(index, wanted[index] - self.model[index])
+            model = self.model.copy()
+            model[index] += applied
         self.version += 1
         self.model = model
         self.digests.append(model_digest(model))
-        self._changes[self.version] = (changed, odds)
+        self.changes[self.version] = Change(support, odds, blob)
         oldest = min(self.held.values(), default=self.version)
-        for version in [v for v in self._changes if v <= oldest]:
-            del self._changes[version]
+        for version in [v for v in self.changes if v <= oldest]:
+            del self.changes[version]
 
     def acknowledged(self, client: int, version: int) -> None:
         """The client answered from `version`, so it holds it."""
         self.held[client] = version
 
-    def parcel(self, client: int, *, resync: bool = False) -> Parcel:
-        """What `client` must be sent to hold the newest model."""
+    def parcel(self, client: int, *, shipped: Support | None = None, resync: bool = False) -> Parcel:
+        """What `client` must be sent to hold the newest model and, where it cannot draw it, the round's support."""
+        mask = b"" if shipped is None else pack_positions(shipped.within(self.begin.survivors), self.begin.survivors.k)
+        size = (0, 0) if shipped is None else (shipped.k, len(mask))
         base = self.held.get(client)
-        if base is not None and not resync and self._recomputable(base):
-            odds = tuple(o for v in range(base + 1, self.version + 1) for o in self._changes[v][1])
-            return Parcel("sync", self.digests[base], self._sync(base), odds)
+        if base is not None and not resync:
+            kind, body, positions = self._update(base)
+            odds = tuple(o for v in self._missed(base) for o in self.changes[v].odds) if kind != "join" else ()
+            return Parcel(kind, self.digests[base], mask + body, odds, size, positions)
         if self.version == 0 and not resync:
-            return Parcel("start", "", self._join(values=not start.weights_are_public(self._config)))
-        return Parcel("resync" if resync else "join", "", self._join(values=True))
+            return Parcel("start", "", mask + self._join(values=not start.weights_are_public(self.config)), (), size)
+        return Parcel("resync" if resync else "join", "", mask + self._join(values=True), (), size)
 
-    def _recomputable(self, base: int) -> bool:
-        """Whether a client at version `base` can redraw the supports of all rounds since.
+    def _missed(self, base: int) -> range:
+        return range(base + 1, self.version + 1)
 
-        Supports by magnitude follow from the weights of their own round; a client that missed two rounds lacks those of
-        the second.
-        """
-        sparsity = self._config.sparsity
-        by_weights = "magnitude" in (sparsity.freeze.method, sparsity.drop.method)
-        return self.version - base <= 1 or not by_weights
-
-    def _sync(self, base: int) -> bytes:
-        if base == self.version:
-            return b""
-        changed = union([self._changes[v][0] for v in range(base + 1, self.version + 1)])
-        return encode_sync(self.model[changed.indices], codec("float32"))
+    def _update(self, base: int) -> tuple[str, bytes, tuple[int, int]]:
+        """(kind, bytes, packed positions) from version `base` to the newest: the smaller of values and releases."""
+        missed = [self.changes[v] for v in self._missed(base)]
+        if not missed:
+            return "sync", b"", (0, 0)
+        changed = union([change.support for change in missed])
+        follows = changes_follow(self.config.sparsity, len(missed))
+        survivors = self.begin.survivors
+        positions = b"" if follows else pack_positions(changed.within(survivors), survivors.k)
+        values = encode_sync(self.model[changed.indices], codec(PLAIN))
+        if self._release is not None and follows:
+            replay = join_replay([change.blob for change in missed])
+            if len(replay) < len(values):
+                return "replay", replay, (0, 0)
+        return "sync", positions + values, (0, 0) if follows else (changed.k, len(positions))
 
     def _join(self, *, values: bool) -> bytes:
-        mask = None if start.mask_is_public(self._config) else self._survivors.indices
-        positions = start.join_positions(self._config, self._layout, self._survivors)
-        blob = encode_join(mask, self._layout.d, None, codec("float32"))
-        return blob + (encode_sync(self.model[positions], codec("float32")) if values else b"")
+        mask = None if start.mask_is_public(self.config) else self.begin.survivors.indices
+        blob = encode_join(mask, self.layout.d, None, codec(PLAIN))
+        index = start.join_positions(self.config, self.layout, self.begin.survivors)
+        return blob + (encode_sync(self.model[index], codec(PLAIN)) if values else b"")
 
     def versions_held(self) -> set[str]:
         """Digests of every version that a client holds or is about to be given."""
@@ -118,13 +171,16 @@ class Broadcast:
     def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """For the checkpoint."""
         arrays: dict[str, NDArray[Any]] = {"model": self.model}
-        for version, (support, _) in self._changes.items():
-            arrays[f"changed-{version}"] = support.indices
+        for version, change in self.changes.items():
+            arrays[f"changed-{version}"] = change.support.indices
+            arrays[f"release-{version}"] = np.frombuffer(change.blob, dtype=np.uint8)
+        if self._release is not None and self._release.residual is not None:
+            arrays["residual"] = self._release.residual
         head = {
             "version": self.version,
             "digests": self.digests,
             "held": {str(client): version for client, version in self.held.items()},
-            "odds": {str(version): list(odds) for version, (_, odds) in self._changes.items()},
+            "odds": {str(version): list(change.odds) for version, change in self.changes.items()},
         }
         return head, arrays
 
@@ -133,8 +189,12 @@ class Broadcast:
         self.version, self.digests = head["version"], list(head["digests"])
         self.held = {int(client): version for client, version in head["held"].items()}
         self.model = arrays["model"]
-        self._changes = {
-            int(version): (Support(arrays[f"changed-{version}"], self._layout.d), tuple(odds))
+        if self._release is not None and "residual" in arrays:
+            self._release.residual = arrays["residual"].copy()
+        self.changes = {
+            int(version): Change(
+                Support(arrays[f"changed-{version}"], self.layout.d), tuple(odds), arrays[f"release-{version}"].tobytes()
+            )
             for version, odds in head["odds"].items()
         }
 
@@ -157,14 +217,14 @@ def receive_start(
         seed: Root of the public streams.
         survivor_count: Size of the support after pre-pruning.
         recompute: Draws that support from public terms and the initial weights, where it is not sent.
-        blob: The payload: packed mask where it is sent, then values where they are.
+        blob: Packed mask where it is sent, then values where they are.
         with_values: Whether values are sent.
 
     Raises:
         WireError: The payload does not fit the config.
     """
     weights = start.public_weights(layout, seed) if start.weights_are_public(config) else np.zeros(layout.d, dtype=np.float32)
-    plain = codec("float32")
+    plain = codec(PLAIN)
     sent = layout.d if start.join_carries_all(config, layout) else survivor_count
     split = len(blob) - (plain.size(sent) if with_values else 0)
     with_mask = not start.mask_is_public(config)
@@ -189,5 +249,18 @@ def receive_sync(weights: Vector, changed: Support, blob: bytes) -> Vector:
         WireError: The payload does not hold one value for each changed coordinate.
     """
     model = weights.copy()
-    model[changed.indices] = decode_sync(blob, changed.k, codec("float32"))
+    model[changed.indices] = decode_sync(blob, changed.k, codec(PLAIN))
+    return model
+
+
+def receive_replay(config: cfg.Config, weights: Vector, missed: list[Support], blob: bytes) -> Vector:
+    """The client's side of `replay`: every missed round's release applied in order; the newest model, shape (d,).
+
+    Raises:
+        WireError: The payload does not hold one release for each missed round.
+    """
+    lossy = codec(config.wire.downlink)
+    model = weights.copy()
+    for support, part in zip(missed, split_replay(blob, [lossy.size(s.k) for s in missed]), strict=True):
+        model[support.indices] += decode_sync(part, support.k, lossy)
     return model

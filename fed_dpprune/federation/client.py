@@ -14,23 +14,27 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
+from numpy.typing import NDArray
 
 from fed_dpprune import config as cfg
 from fed_dpprune.comm.codecs.table import codec
+from fed_dpprune.comm.masks import unpack_positions
 from fed_dpprune.errors import ClientFault, LedgerError, WireError
 from fed_dpprune.federation import broadcast, messages
+from fed_dpprune.federation.broadcast import Parcel
 from fed_dpprune.federation.fingerprint import fingerprint
 from fed_dpprune.federation.local_train import Share, train
 from fed_dpprune.federation.messages import Reply
 from fed_dpprune.federation.model_store import ModelStore, model_digest
 from fed_dpprune.federation.start import Start, Vector
+from fed_dpprune.federation.supports import Supports, changes_follow, shipped_part
 from fed_dpprune.federation.terms import RoundTerms, config_digest, from_wire
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.plan import sample_rate
 from fed_dpprune.sparsity.criteria.table import CriterionContext
 from fed_dpprune.sparsity.prune import pre_prune
-from fed_dpprune.sparsity.recipe import RoundSupport, round_support
-from fed_dpprune.sparsity.support import Support, union
+from fed_dpprune.sparsity.recipe import RoundSupport
+from fed_dpprune.sparsity.support import Support, union, weakest
 
 if TYPE_CHECKING:
     from fed_dpprune.federation.secrets import Secrets
@@ -141,9 +145,11 @@ class ClientRuntime:
         self._check(terms)
         # 2. Bring the model up to date; both ends must hold it to the bit.
         bench = setup.bench()
-        begin = self._receive(terms, content, bench)
-        # 3. Recompute the round's support from public terms.
-        live = self._support(terms, begin, bench.layout)
+        parcel = messages.read_request(content)
+        count, size = parcel.shipped
+        begin = self._receive(terms, parcel, parcel.payload[size:], bench)
+        # 3. Recompute the round's support from public terms, or unpack what the server alone can choose.
+        live = self._support(terms, begin, (count, parcel.payload[:size]), bench.layout)
         # 4. Policy and ledger: refuse, or give back what was sent before, or charge. Committed before step 5.
         stored = setup.guard.admit(terms)
         if stored is not None:
@@ -165,18 +171,14 @@ class ClientRuntime:
         if terms.sample_rate != sample_rate(setup.config.privacy, setup.nominal_size):
             raise ClientFault("sample-rate-mismatch", repr(terms.sample_rate))
 
-    def _receive(self, terms: RoundTerms, content: RecordDict, bench: Workbench) -> Start:
+    def _receive(self, terms: RoundTerms, parcel: Parcel, payload: bytes, bench: Workbench) -> Start:
         """The round's model and the survivors, checked by digest and kept for the next round."""
         if terms.layout != bench.layout.digest:
             raise ClientFault("config-mismatch", "layout")
-        kind, base, odds = messages.read_request(content)
-        if kind not in broadcast.KINDS:
-            raise ClientFault("malformed-terms", f"kind {kind}")
-        payload = messages.payload_of(content, "model")
-        if kind == "sync":
-            begin = self._sync(terms, base, odds, payload, bench)
+        if parcel.kind in ("sync", "replay"):
+            begin = self._update(terms, parcel, payload, bench)
         else:
-            with_values = kind != "start" or bool(self._setup.config.model.weights)
+            with_values = parcel.kind != "start" or bool(self._setup.config.model.weights)
             begin = broadcast.receive_start(
                 self._setup.config,
                 bench.layout,
@@ -204,40 +206,49 @@ class ClientRuntime:
         sparsity = self._setup.config.sparsity
         return pre_prune(sparsity.prune, context, sparsity.granularity)
 
-    def _sync(self, terms: RoundTerms, base: str, odds: tuple[int, ...], payload: bytes, bench: Workbench) -> Start:
+    def _update(self, terms: RoundTerms, parcel: Parcel, payload: bytes, bench: Workbench) -> Start:
         """Play the missed rounds' changes on the model this client holds."""
-        held = self._setup.store.load(base)
+        held = self._setup.store.load(parcel.base)
         if held is None:
-            raise ClientFault("need-resync", base)
+            raise ClientFault("need-resync", parcel.base)
         begin, version = held
+        rounds = range(version + 1, terms.round)
         if version >= terms.round:
             raise ClientFault("older-round", f"holds version {version}")
-        rounds = range(version + 1, terms.round)
-        tensors = len(bench.layout.tensors) if terms.odds else 0
-        if len(odds) != tensors * len(rounds):
+        if not changes_follow(self._setup.config.sparsity, len(rounds)) and rounds:
+            count, size = parcel.changed
+            changed = inside(begin.survivors, unpack_positions(payload[:size], begin.survivors.k, count))
+            return Start(broadcast.receive_sync(begin.model, changed, payload[size:]), begin.survivors)
+        missed = self._missed(rounds, terms, parcel.odds, begin, bench.layout)
+        if parcel.kind == "replay":
+            return Start(broadcast.receive_replay(self._setup.config, begin.model, missed, payload), begin.survivors)
+        nothing = Support(np.zeros(0, dtype=np.int64), bench.layout.d)
+        return Start(broadcast.receive_sync(begin.model, union(missed) if missed else nothing, payload), begin.survivors)
+
+    def _missed(self, rounds: range, terms: RoundTerms, odds: tuple[int, ...], begin: Start, layout: Layout) -> list[Support]:
+        """The supports of the rounds that this client missed, drawn from public terms."""
+        width = len(layout.tensors) if terms.odds else 0
+        if len(odds) != width * len(rounds):
             raise WireError("request", "odds do not fit the missed rounds")
-        missed = [
-            self._support_of(round, terms, odds[place * tensors : (place + 1) * tensors], begin, bench.layout).support
+        supports = Supports(self._setup.config, layout, begin.survivors, terms.seed)
+        return [
+            supports.of(round, terms.client, begin.model, odds=odds[place * width : (place + 1) * width]).support
             for place, round in enumerate(rounds)
         ]
-        changed = union(missed) if missed else Support(np.zeros(0, dtype=np.int64), bench.layout.d)
-        return Start(broadcast.receive_sync(begin.model, changed, payload), begin.survivors)
 
-    def _support_of(self, round: int, terms: RoundTerms, odds: tuple[int, ...], begin: Start, layout: Layout) -> RoundSupport:
-        return round_support(
-            self._setup.config.sparsity,
-            begin.survivors,
-            layout,
-            terms.seed,
-            round,
-            terms.rounds,
-            local_steps=terms.steps,
-            weights=begin.model,
-            odds=np.asarray(odds, dtype=np.int64) if odds else None,
-        )
-
-    def _support(self, terms: RoundTerms, begin: Start, layout: Layout) -> RoundSupport:
-        live = self._support_of(terms.round, terms, terms.odds, begin, layout)
+    def _support(self, terms: RoundTerms, begin: Start, shipped: tuple[int, bytes], layout: Layout) -> RoundSupport:
+        """The round's support, equal to the server's by digest."""
+        supports = Supports(self._setup.config, layout, begin.survivors, terms.seed)
+        sent = None
+        if shipped_part(self._setup.config.sparsity):
+            positions = unpack_positions(shipped[1], begin.survivors.k, shipped[0])
+            sent = inside(begin.survivors, positions, "public")
+        live = supports.of(terms.round, terms.client, begin.model, odds=terms.odds, shipped=sent)
         if live.support.digest != terms.digest or live.support.k != terms.live:
             raise ClientFault("digest-mismatch", "support")
         return live
+
+
+def inside(outer: Support, positions: NDArray[np.int64], provenance: str = "data-free") -> Support:
+    """The coordinates at `positions` of `outer.indices`."""
+    return Support(outer.indices[positions], outer.d, weakest(outer.provenance, provenance))

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fed_dpprune import config as cfg
+from fed_dpprune.comm.link import parse_link
 from fed_dpprune.data import partition
 from fed_dpprune.data import registry as datasets
 from fed_dpprune.data.dataset import Labels
@@ -56,5 +57,6 @@ def prepare(config: cfg.Config) -> tuple[Gathered, Plan]:
     Raises:
         BadInput: See `gather` and `plan.make_plan`.
     """
+    parse_link(config.wire.link)
     gathered = gather(config)
     return gathered, make_plan(config, gathered.facts)

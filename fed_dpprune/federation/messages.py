@@ -6,6 +6,7 @@ The allow-lists below are the whole vocabulary: a field that is not named here n
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,11 +15,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fed_dpprune.errors import WireError
+from fed_dpprune.federation.broadcast import KINDS, Parcel
 
 TRAIN, QUERY = "train", "query"
 NPY_HEADER = 128  # the array container's own bytes: part of the message, not of the payload
 
-REQUEST_FIELDS = ("kind", "base", "odds")
+REQUEST_FIELDS = ("kind", "base", "odds", "shipped", "changed")
 REPLY_FIELDS = ("status", "request", "round", "digest", "fingerprint")
 HELLO_FIELDS = ("status", "partition-id", "nominal-size", "ledger", "fingerprint", "config")
 SIMULATION = "simulation"  # a record that a simulated client adds and its host takes off: seconds of computing
@@ -36,19 +38,40 @@ class Reply:
     payload: bytes = b""
 
 
-def read_request(content: RecordDict) -> tuple[str, str, tuple[int, ...]]:
-    """Kind, base and missed odds of a request.
+def read_request(content: RecordDict) -> Parcel:
+    """What a request brings.
 
     Raises:
-        WireError: A field is missing, unknown or of the wrong type.
+        WireError: A record or field is missing, unknown or of the wrong type.
     """
+    if set(content) - {"terms", "request", "model"}:
+        raise WireError("request", "unknown records")
     values = config_of(content, "request")
-    kind, base, odds = values.get("kind"), values.get("base"), values.get("odds", [])
-    if not isinstance(kind, str) or not isinstance(base, str) or set(values) - set(REQUEST_FIELDS):
+    kind, base = values.get("kind"), values.get("base")
+    if not isinstance(kind, str) or not isinstance(base, str) or set(values) - set(REQUEST_FIELDS) or kind not in KINDS:
         raise WireError("request", "fields are not those of the protocol")
-    if not isinstance(odds, list) or not all(type(o) is int for o in odds):
-        raise WireError("request", "odds are not whole numbers")
-    return kind, base, tuple(odds)
+    return Parcel(
+        kind,
+        base,
+        payload_of(content, "model"),
+        tuple(_whole_numbers(values, "odds")),
+        _pair(values, "shipped"),
+        _pair(values, "changed"),
+    )
+
+
+def _whole_numbers(values: Mapping[str, Any], name: str) -> list[int]:
+    found = values.get(name, [])
+    if not isinstance(found, list) or not all(type(v) is int and v >= 0 for v in found):
+        raise WireError("request", f"{name} are not whole numbers")
+    return found
+
+
+def _pair(values: Mapping[str, Any], name: str) -> tuple[int, int]:
+    found = _whole_numbers(values, name) or [0, 0]
+    if len(found) != 2:
+        raise WireError("request", f"{name} is not a count and a size")
+    return found[0], found[1]
 
 
 def _array(blob: bytes) -> ArrayRecord:
@@ -86,22 +109,20 @@ def config_of(content: RecordDict, name: str) -> dict[str, Any]:
     return dict(record)
 
 
-def train_request(terms: dict[str, Any], kind: str, base: str, payload: bytes, odds: tuple[int, ...] = ()) -> RecordDict:
-    """A round's request: terms, how the payload brings the model up to date, and the payload.
+def train_request(terms: dict[str, Any], parcel: Parcel) -> RecordDict:
+    """A round's request: terms, how the payload brings the client up to date, and the payload.
 
     Args:
         terms: `RoundTerms.to_wire()`.
-        kind: "start", "join", "sync" or "resync"; see `comm/downlink.py`.
-        base: Digest of the model that the payload builds on; empty for start, join and resync.
-        payload: Encoded bytes; no array travels when empty.
-        odds: Inclusion odds of the rounds that the client missed, one after the other, where supports are drawn by them.
+        parcel: From the server's `Broadcast`; no array travels when its payload is empty.
     """
-    request: dict[str, Any] = {"kind": kind, "base": base}
-    if odds:
-        request["odds"] = list(odds)
+    request: dict[str, Any] = {"kind": parcel.kind, "base": parcel.base}
+    for name, value in (("odds", parcel.odds), ("shipped", parcel.shipped), ("changed", parcel.changed)):
+        if any(value):
+            request[name] = list(value)
     records: dict[str, Any] = {"terms": ConfigRecord(terms), "request": ConfigRecord(request)}
-    if payload:
-        records["model"] = _array(payload)
+    if parcel.payload:
+        records["model"] = _array(parcel.payload)
     return RecordDict(records)
 
 

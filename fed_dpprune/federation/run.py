@@ -285,26 +285,28 @@ def _run(
         simulation.run_ray(clients, serve, stop)
 
 
-def serve_app(grid: Grid, config: cfg.Config, out: Path | None, stop: threading.Event) -> None:
+def serve_app(grid: Grid, config: cfg.Config, stop: threading.Event) -> None:
     """The ServerApp of `flwr run`: the same server, with the clients' own sizes, secrets and, on SuperNodes, ledgers.
+
+    Outputs go to a new folder under runs/ of the working directory, which is the SuperLink's; its path is logged.
 
     Args:
         grid: Flower's.
         config: From the run-config.
-        out: The run directory; by default a new folder under runs/ of the SuperLink's working directory.
         stop: Set to end the run.
 
     Raises:
         FedDPPruneError: Any end but completion, so that Flower marks the run as failed; outputs are written first.
     """
-    files = RunDir((out or default_path(config, Path("flower"))).absolute())
+    files = RunDir(default_path(config, Path("flower")).absolute())
+    observer = LogObserver()
+    observer.phase(f"writing to {files.path}")
     dataset = datasets.load(config.data, config.seed)
     layout = registry.layout(from_config(config.model, dataset.input_shape, dataset.classes))
     files.prepare(config, resume=False, force=False)
     identity = blake(os.urandom(16))
     clock, store = summary.Clock(), SharedStore(files.models, layout.d)
     recorder = DirRecorder(files, config, None, store, clock, OsSecrets().label)
-    observer = LogObserver()
     ledgers: list[Ledger] = []
 
     def host(inner: Grid, sizes: tuple[int, ...]) -> HostGrid:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fed_dpprune import config as cfg
 from fed_dpprune.comm.codecs.table import codec
+from fed_dpprune.comm.link import parse_link, round_time
 from fed_dpprune.comm.meter import Meter
 from fed_dpprune.comm.meter import Parcel as Metered
 from fed_dpprune.comm.validate import UpdateBound, check_update
@@ -32,11 +33,13 @@ from fed_dpprune.federation.inline import InlineGrid
 from fed_dpprune.federation.messages import Reply
 from fed_dpprune.federation.observer import Observer
 from fed_dpprune.federation.start import Start, Vector
+from fed_dpprune.federation.supports import Supports
 from fed_dpprune.federation.terms import REPLY_CODES, RoundTerms, config_digest
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.plan import FLOAT32, EpsilonBook, Plan
 from fed_dpprune.records import ClientCounts, ClientRecord, RoundRecord
-from fed_dpprune.sparsity.recipe import RoundSupport, round_support
+from fed_dpprune.sparsity.recipe import RoundSupport
+from fed_dpprune.sparsity.support import Support, union
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class World:
         begin: The pruned model and the survivors.
         evaluate: Weights to (accuracy, loss) on held-out data.
         odds: Weights and round to inclusion odds per tensor; None for uniform ones.
+        scores: Weights to scores of all coordinates from public data; None where no support is chosen by them.
     """
 
     config: cfg.Config
@@ -66,17 +70,33 @@ class World:
     begin: Start
     evaluate: Callable[[Vector], tuple[float, float]]
     odds: Callable[[Vector, int], tuple[int, ...]] | None = None
+    scores: Callable[[Vector], NDArray[np.float64]] | None = None
 
 
 @dataclass
 class Order:
-    """One round as sent: terms and parcels by client."""
+    """One round as sent: supports and terms by client.
+
+    Attributes:
+        round: Counts from 1.
+        live: The support of each client of the cohort; one object where it is shared.
+        terms: What each is asked.
+        version: The model's, at the start of the round.
+        odds: Inclusion odds per tensor, where the draw uses them.
+        shipped: What is sent of the support, where clients cannot draw it.
+    """
 
     round: int
-    live: RoundSupport
+    live: dict[int, RoundSupport]
     terms: dict[int, RoundTerms]
     version: int
     odds: tuple[int, ...]
+    shipped: Support | None
+
+    def moved(self, clients: Collection[int]) -> Support:
+        """What these clients' updates may move together."""
+        distinct = {id(self.live[c]): self.live[c].support for c in sorted(clients)}
+        return next(iter(distinct.values())) if len(distinct) == 1 else union(list(distinct.values()))
 
 
 @dataclass(frozen=True)
@@ -128,6 +148,8 @@ class Server:
         self.broadcast = Broadcast(config, world.layout, world.begin)
         self.optimizer = aggregate.ServerOptimizer(config.server, world.layout.d, config.federation.rounds)
         self.meter = Meter()
+        self._supports = Supports(config, world.layout, world.begin.survivors, config.seed)
+        self._link = parse_link(config.wire.link)
         self.steps: dict[int, int] = {}
         self._step_shares: list[float] = []
         self._clock = time.perf_counter()
@@ -155,7 +177,7 @@ class Server:
             accepted = {c: a.values for c, a in sorted(answers.items()) if a.values is not None}
             enough = len(accepted) >= self.config.federation.min_clients
             if enough:
-                self._step(order, list(accepted.values()))  # 4. aggregate on the support and step
+                self._step(order, accepted)  # 4. aggregate on the support and step
             self._record(order, answers, aggregated=enough)  # 5. measure, account, write
             if not enough:
                 raise self._too_few(order, answers)
@@ -228,23 +250,19 @@ class Server:
     # ------------------------------------------------------------------ 2. the order
 
     def _order(self, number: int) -> Order:
-        """The round's support and every client's terms."""
-        config, sparsity = self.config, self.config.sparsity
-        odds = self.world.odds(self.broadcast.model, number) if self.world.odds else ()
-        live = round_support(
-            sparsity,
-            self.world.begin.survivors,
-            self.layout,
-            config.seed,
-            number,
-            config.federation.rounds,
-            local_steps=config.federation.local_steps,
-            weights=self.broadcast.model,
-            odds=np.asarray(odds, dtype=np.int64) if odds else None,
-        )
-        self.provenances.add(live.support.provenance)
-        terms = {c: self._terms(number, c, live, odds) for c in self.plan.cohorts[number - 1]}
-        return Order(number, live, terms, self.broadcast.version, odds)
+        """Every client's support and terms."""
+        model, cohort = self.broadcast.model, self.plan.cohorts[number - 1]
+        odds = self.world.odds(model, number) if self.world.odds else ()
+        shipped = self._supports.ship(number, model, self.world.scores(model)) if self.world.scores else None
+
+        def draw(client: int) -> RoundSupport:
+            return self._supports.of(number, client, model, odds=odds, shipped=shipped)
+
+        shared = draw(cohort[0])
+        live = {c: shared if self.config.sparsity.shared else draw(c) for c in cohort}
+        self.provenances.update(item.support.provenance for item in live.values())
+        terms = {c: self._terms(number, c, live[c], odds) for c in cohort}
+        return Order(number, live, terms, self.broadcast.version, odds, shipped)
 
     def _terms(self, number: int, client: int, live: RoundSupport, odds: tuple[int, ...]) -> RoundTerms:
         config, support = self.config, live.support
@@ -276,8 +294,8 @@ class Server:
 
     def _request(self, order: Order, client: int, *, resync: bool = False) -> RecordDict:
         """A client's message; counted as sent."""
-        parcel = self.broadcast.parcel(client, resync=resync)
-        content = messages.train_request(order.terms[client].to_wire(), parcel.kind, parcel.base, parcel.payload, parcel.odds)
+        parcel = self.broadcast.parcel(client, shipped=order.shipped, resync=resync)
+        content = messages.train_request(order.terms[client].to_wire(), parcel)
         self._count(order.round, client, "down", METERED[parcel.kind], len(parcel.payload), content)
         return content
 
@@ -381,12 +399,12 @@ class Server:
 
     def _bound(self, order: Order, terms: RoundTerms) -> float:
         """The largest |value| that clipping, noise and the optimiser allow an honest client (docs/wire.md)."""
-        client, index = self.config.client, order.live.support.indices
+        client, live = self.config.client, order.live[terms.client]
         rescale = 1.0
         if self.config.sparsity.rescale == "d-over-k" and terms.live:
-            fewest = min(order.live.steps(step).k for step in range(terms.steps)) or 1
+            fewest = min(live.steps(step).k for step in range(terms.steps)) or 1
             rescale = self.layout.d / fewest
-        largest = float(np.abs(self.broadcast.model[index]).max(initial=0.0)) if client.weight_decay else 0.0
+        largest = float(np.abs(self.broadcast.model[live.support.indices]).max(initial=0.0))
         return UpdateBound(
             clip_norm=terms.clip_norm * rescale,
             noise_multiplier=terms.noise_multiplier,
@@ -404,12 +422,15 @@ class Server:
 
     # ------------------------------------------------------------------ 4. the step
 
-    def _step(self, order: Order, values: list[NDArray[np.float32]]) -> None:
+    def _step(self, order: Order, accepted: dict[int, NDArray[np.float32]]) -> None:
         """Aggregate in order of partition id and move the live coordinates."""
-        support = order.live.support
-        mean = aggregate.mean_on_support(values)
-        model = self.optimizer.step(self.broadcast.model, support, mean, order.round)
-        self.broadcast.advance(model, support, order.odds)
+        values = list(accepted.values())
+        if self.config.sparsity.shared:
+            support, mean = order.moved(accepted), aggregate.mean_on_support(values)
+        else:
+            support, mean = aggregate.mean_by_coordinate([order.live[c].support for c in accepted], values, self.layout.d)
+        wanted = self.optimizer.step(self.broadcast.model, support, mean, order.round)
+        self.broadcast.advance(wanted, support, order.odds)
 
     # ------------------------------------------------------------------ 5. the record
 
@@ -427,8 +448,8 @@ class Server:
             round=order.round,
             accuracy=accuracy,
             loss=loss,
-            live=order.live.support.k,
-            digest=order.live.support.digest,
+            live=max(item.support.k for item in order.live.values()),
+            digest=order.moved(order.live).digest,
             epsilon_max=self.epsilon_max(),
             bytes_up=up.payload,
             bytes_down=down.payload,
@@ -436,17 +457,30 @@ class Server:
             message_down=down.message,
             clients=ClientCounts(len(order.terms), count["answered"], count["refused"], count["rejected"]),
             notes=tuple(notes + ([] if aggregated else ["too few clients: not aggregated"])),
+            link_s=self._link_seconds(order),
             wall_s=self._lap(),
         )
         if aggregated:
             self.done = order.round
             local = range(self.config.federation.local_steps)
-            self._step_shares += [order.live.steps(step).k / self.layout.d for step in local]
+            live = next(iter(order.live.values()))  # every client's has the same size
+            self._step_shares += [live.steps(step).k / self.layout.d for step in local]
         self._recorder.round(record, clients, self)
         for note in notes:
             self._observer.note(f"round {order.round}: {note}")
         megabytes = self.meter.total("up").payload / 1e6
         self._observer.round_done(record, self.config.federation.rounds, record.epsilon_max, megabytes)
+
+    def _link_seconds(self, order: Order) -> float | None:
+        """What the round's messages would take on the link that the study names; nothing waits for it."""
+        if self._link is None:
+            return None
+        sizes = {
+            c: (self.meter.of_client(order.round, c, "down").message, self.meter.of_client(order.round, c, "up").message)
+            for c in order.terms
+        }
+        slow = self._link.slowdowns(len(self.plan.nominal_sizes), self.config.seed)
+        return round_time(self._link, sizes, slow).seconds
 
     def _client_record(self, order: Order, client: int, answer: Answer) -> ClientRecord:
         """One client's line, after `steps` has been brought up to date."""

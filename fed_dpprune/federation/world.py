@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fed_dpprune import config as cfg
 from fed_dpprune.data.dataset import Dataset
+from fed_dpprune.data.public import load_public
 from fed_dpprune.federation import start
 from fed_dpprune.federation.start import Start, Vector
 from fed_dpprune.federation.strategy import World
+from fed_dpprune.federation.supports import shipped_part
 from fed_dpprune.models import registry
+from fed_dpprune.models import weights as initial_weights
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.models.spec import from_config
 from fed_dpprune.sparsity.criteria.table import CriterionContext
@@ -28,29 +35,37 @@ def build_world(config: cfg.Config, layout: Layout, dataset: Dataset) -> World:
 
     torch.set_num_threads(1)
     spec = from_config(config.model, dataset.input_shape, dataset.classes)
-    weights = start.public_weights(layout, config.seed)
+    weights = initial_weights.start(spec, layout, config.seed).vector
     context = CriterionContext(
         layout=layout,
         weights=weights,
         build=lambda: registry.build(spec),
         input_shape=dataset.input_shape,
         seed=config.seed,
+        public=load_public(config.data.public, dataset, config.seed, config.data.test_fraction) if config.data.public else None,
+        weights_provenance="public" if config.model.weights else "data-free",
     )
     survivors = pre_prune(config.sparsity.prune, context, config.sparsity.granularity)
     begin = Start(start.starting_model(config, layout, weights, survivors), survivors)
     odds = None
     if config.sparsity.freeze.method == "random" and config.sparsity.freeze.odds == "layer-energy":
         odds = _odds(context)
-    return World(config, layout, begin, _evaluator(config, layout, dataset), odds)
+    scores = _scores(context) if shipped_part(config.sparsity) else None
+    return World(config, layout, begin, _evaluator(config, layout, dataset), odds, scores)
 
 
 def _odds(context: CriterionContext) -> Callable[[Vector, int], tuple[int, ...]]:
     """Inclusion odds from the released weights of a round; data-free."""
-    from dataclasses import replace
-
     from fed_dpprune.sparsity.odds import layer_odds
 
     return lambda weights, round: tuple(int(o) for o in layer_odds(replace(context, weights=weights), round))
+
+
+def _scores(context: CriterionContext) -> Callable[[Vector], NDArray[np.float64]]:
+    """Gradient magnitudes on public data at the released weights of a round."""
+    from fed_dpprune.sparsity.criteria.table import criterion
+
+    return lambda weights: criterion("gradient").scores(replace(context, weights=weights))
 
 
 def _evaluator(config: cfg.Config, layout: Layout, dataset: Dataset) -> Callable[[Vector], tuple[float, float]]:

@@ -1,0 +1,108 @@
+"""Which coordinates live in a round, for both ends: what they recompute, and what has to be shipped.
+
+Random supports, and those by magnitude of the released weights, follow from public terms; the client draws them itself.
+Scores of public data are known to the server alone: the support they choose is shipped packed, and priced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fed_dpprune import config as cfg
+from fed_dpprune.federation.start import Vector
+from fed_dpprune.models.flat import Layout
+from fed_dpprune.sparsity.recipe import RoundSupport, fixed, round_support
+from fed_dpprune.sparsity.support import Support
+
+NOT_SHIPPED, OUTER, WHOLE = "", "outer", "whole"
+
+
+def shipped_part(sparsity: cfg.Sparsity) -> str:
+    """What of a round's support the server must send: nothing, the frozen support that drops are drawn in, or all of it."""
+    if sparsity.drop.method == "public":
+        return WHOLE
+    return OUTER if sparsity.freeze.method == "public" else NOT_SHIPPED
+
+
+def changes_follow(sparsity: cfg.Sparsity, missed: int) -> bool:
+    """Whether a client that missed `missed` rounds can tell by itself which coordinates they moved.
+
+    Supports per client cannot be told without knowing who answered; those by magnitude follow from the weights of their
+    own round, which a client that missed two rounds lacks for the second.
+    """
+    by_weights = "magnitude" in (sparsity.freeze.method, sparsity.drop.method)
+    return sparsity.shared and not shipped_part(sparsity) and (missed <= 1 or not by_weights)
+
+
+@dataclass(frozen=True)
+class Supports:
+    """The supports of a run.
+
+    Attributes:
+        config: The shared config.
+        layout: Coordinate order.
+        survivors: What pre-pruning left.
+        seed: Root of the public streams.
+    """
+
+    config: cfg.Config
+    layout: Layout
+    survivors: Support
+    seed: int
+
+    def of(
+        self,
+        round: int,
+        client: int,
+        weights: Vector,
+        *,
+        odds: tuple[int, ...] = (),
+        shipped: Support | None = None,
+    ) -> RoundSupport:
+        """A round's support, as both ends compute it.
+
+        Args:
+            round: Counts from 1.
+            client: Partition id; matters only where supports are not shared.
+            weights: The released model at the start of the round.
+            odds: Inclusion odds per tensor, where the draw uses them.
+            shipped: What the server sent of it, where `shipped_part` says that it must.
+        """
+        sparsity, fed = self.config.sparsity, self.config.federation
+        part = shipped_part(sparsity)
+        if part == WHOLE and shipped is not None:
+            return fixed(shipped)
+        outer = self.survivors
+        if part == OUTER and shipped is not None:
+            sparsity, outer = sparsity.model_copy(update={"freeze": cfg.Freeze()}), shipped
+        return round_support(
+            sparsity,
+            outer,
+            self.layout,
+            self.seed,
+            round,
+            fed.rounds,
+            local_steps=fed.local_steps,
+            client=client,
+            weights=weights,
+            odds=np.asarray(odds, dtype=np.int64) if odds else None,
+        )
+
+    def ship(self, round: int, weights: Vector, scores: np.ndarray) -> Support:
+        """The server's side: what must be sent of a round's support, chosen by scores of public data, shape (d,)."""
+        sparsity, fed = self.config.sparsity, self.config.federation
+        if shipped_part(sparsity) == OUTER:
+            sparsity = sparsity.model_copy(update={"drop": cfg.Drop()})
+        return round_support(
+            sparsity,
+            self.survivors,
+            self.layout,
+            self.seed,
+            round,
+            fed.rounds,
+            local_steps=fed.local_steps,
+            weights=weights,
+            public_scores=scores,
+        ).support
