@@ -83,6 +83,10 @@ def recompute(report: dict[str, Any]) -> None:
             )
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def ledger_text(report: dict[str, Any]) -> str:
     """The same for people: a line per client and run, then what the figures mean."""
     lines = []
@@ -92,10 +96,10 @@ def ledger_text(report: dict[str, Any]) -> str:
         lines.append(f"client {client}: {figure} at delta {spent['delta']:g}{limit}")
         for run in spent["runs"]:
             alone = "" if run["epsilon"] is None or len(spent["runs"]) == 1 else f", alone epsilon {run['epsilon']:.3f}"
-            lines.append(f"  run {run['run']}: {run['rounds']} rounds, {run['steps']} steps{alone}")
+            lines.append(f"  run {run['run']}: {_count(run['rounds'], 'round')}, {_count(run['steps'], 'step')}{alone}")
             for entry in run["entries"]:
                 noise, rate = entry["noise_multiplier"], entry["sample_rate"]
-                lines.append(f"    {entry['steps']} steps of noise multiplier {noise:g}, sample rate {rate:g}")
+                lines.append(f"    {_count(entry['steps'], 'step')} of noise multiplier {noise:g}, sample rate {rate:g}")
     if not lines:
         lines.append("nothing has been charged")
     accountants = sorted({spent["accountant"] for spent in report["clients"].values()})
@@ -106,5 +110,5 @@ def ledger_text(report: dict[str, Any]) -> str:
     if "filter" in rules:
         lines.append("where more than one declared schedule was charged: by a Renyi filter of one fixed order")
     chain = report["chain"]
-    lines.append(f"chain verified: {chain['charges']} charges, head {chain['head'][:16]}")
+    lines.append(f"chain verified: {_count(chain['charges'], 'charge')}, head {chain['head'][:16]}")
     return "\n".join(lines)
