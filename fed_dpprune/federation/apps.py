@@ -77,8 +77,9 @@ class NoLedger:
         """Refuse."""
         raise ClientFault("no-ledger", "node-config has no ledger")
 
-    def keep(self, terms: RoundTerms, reply: bytes) -> None:
+    def keep(self, terms: RoundTerms, reply: bytes) -> bytes:
         """Nothing was computed."""
+        raise ClientFault("no-ledger", "node-config has no ledger")
 
 
 def _inside_ray() -> bool:

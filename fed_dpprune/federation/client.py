@@ -49,8 +49,8 @@ class Guard(Protocol):
     def admit(self, terms: RoundTerms) -> bytes | None:
         """Charge the request, or give back the reply stored for it; raises ClientFault to refuse."""
 
-    def keep(self, terms: RoundTerms, reply: bytes) -> None:
-        """Store the reply before it leaves."""
+    def keep(self, terms: RoundTerms, reply: bytes) -> bytes:
+        """Store the reply before it leaves; gives back what may leave: one reply a request, whoever was first."""
 
 
 class HostGuard:
@@ -60,8 +60,9 @@ class HostGuard:
         """Admitted."""
         return None
 
-    def keep(self, terms: RoundTerms, reply: bytes) -> None:
+    def keep(self, terms: RoundTerms, reply: bytes) -> bytes:
         """The host stores it."""
+        return reply
 
 
 @dataclass
@@ -157,10 +158,12 @@ class ClientRuntime:
         # 5. The private work.
         moved = train(setup.config, terms, live, begin.survivors, begin.model, bench.gradient, setup.share(), setup.secrets)
         # 6. The values on the support, encoded; stored before they leave.
-        payload = codec(setup.config.wire.uplink).encode(moved)
+        try:
+            payload = codec(setup.config.wire.uplink).encode(moved)
+        except WireError as error:  # weights that left float32's range; the round is charged, so this is no refusal
+            raise ClientFault("internal-error", str(error)) from None
         reply = messages.train_reply(Reply("ok", terms.key, terms.round, terms.digest, fingerprint(), payload))
-        setup.guard.keep(terms, messages.freeze(reply))
-        return reply
+        return messages.thaw(setup.guard.keep(terms, messages.freeze(reply)))
 
     def _check(self, terms: RoundTerms) -> None:
         setup = self._setup
@@ -168,6 +171,8 @@ class ClientRuntime:
             raise ClientFault("code-mismatch", terms.fingerprint)
         if terms.config != config_digest(setup.config) or terms.client != setup.partition:
             raise ClientFault("config-mismatch", terms.config)
+        if terms.rounds != setup.config.federation.rounds:
+            raise ClientFault("config-mismatch", f"{terms.rounds} rounds")
         if terms.sample_rate != sample_rate(setup.config.privacy, setup.nominal_size):
             raise ClientFault("sample-rate-mismatch", repr(terms.sample_rate))
 

@@ -63,6 +63,6 @@ class LedgerGuard:
         entry = Entry(terms.noise_multiplier, terms.sample_rate, terms.steps)
         return Request(str(terms.client), terms.key, terms.run, terms.round, (entry,), terms.rounds)
 
-    def keep(self, terms: RoundTerms, reply: bytes) -> None:
-        """Store a reply before it leaves."""
-        self.ledger.store_reply(terms.key, reply)
+    def keep(self, terms: RoundTerms, reply: bytes) -> bytes:
+        """Store a reply before it leaves; what comes back is what may leave (another process may have been first)."""
+        return self.ledger.store_reply(terms.key, reply)

@@ -34,6 +34,7 @@ class HostGrid(Grid):
     Attributes:
         inner: The wrapped grid.
         seconds: Computing time of each reply, by request digest; filled from what simulated clients note.
+        charged: Digests of the requests that were charged and handed to a client.
     """
 
     def __init__(self, grid: Grid, guard: LedgerGuard) -> None:
@@ -42,6 +43,7 @@ class HostGrid(Grid):
         self._ready: dict[str, Message] = {}
         self._sent: dict[str, round_terms.RoundTerms] = {}
         self.seconds: dict[str, float] = {}
+        self.charged: set[str] = set()
 
     def set_run(self, run: Run) -> None:
         """Passed on."""
@@ -97,6 +99,8 @@ class HostGrid(Grid):
                 )
             elif outcome is not None:
                 answers[id(message)] = messages.thaw(outcome)
+            else:
+                self.charged.add(terms.key)
         return answers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

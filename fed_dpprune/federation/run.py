@@ -215,6 +215,8 @@ def execute(
     files.prepare(config, resume=resume, force=force)
     if on_ready:
         on_ready(plan)
+    if not files.summary.exists():
+        files.write_summary(summary.unstarted(config, "interrupted", "the run has not begun"))
     identity = run_identity(config)
     ledger = _open_ledger(files, config, identity)
     store = SharedStore(files.models, gathered.layout.d)
@@ -349,6 +351,8 @@ def _finish(
         made = recorder.summarise(server, status, reason, final=True)
         vector.save(files.model, server.layout, server.broadcast.model)
         curves.draw(files.path, files.curves)
+    elif not any(read_lines(files.rounds)):
+        files.write_summary(summary.unstarted(config, status, reason))
     return Outcome(status, error, files.path, made, plan)
 
 

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,7 @@ class Order:
         version: The model's, at the start of the round.
         odds: Inclusion odds per tensor, where the draw uses them.
         shipped: What is sent of the support, where clients cannot draw it.
+        strays: Replies that count for nobody, in words.
     """
 
     round: int
@@ -92,6 +93,7 @@ class Order:
     version: int
     odds: tuple[int, ...]
     shipped: Support | None
+    strays: list[str] = field(default_factory=list)
 
     def moved(self, clients: Collection[int]) -> Support:
         """What these clients' updates may move together."""
@@ -223,11 +225,12 @@ class Server:
         """How many clients the config names; 0 where the data decides."""
         return 0 if self.config.data.partition == "natural" else self.config.federation.clients
 
-    @staticmethod
-    def _check_hello(head: dict[str, Any], sizes: dict[int, int]) -> None:
+    def _check_hello(self, head: dict[str, Any], sizes: dict[int, int]) -> None:
         partition, size = head["partition-id"], head["nominal-size"]
         if head["fingerprint"] != fingerprint():
             raise RunStopped("clients", f"client {partition} runs other code", "install one version of fed-dpprune everywhere")
+        if head["config"] != config_digest(self.config):
+            raise RunStopped("clients", f"client {partition} has another config", "start all nodes for the same run")
         if type(partition) is not int or type(size) is not int or size < 1 or partition < 0:
             raise RunStopped("clients", "a node's partition-id or nominal-size is not a whole number", "see its node-config")
         if partition in sizes:
@@ -307,33 +310,31 @@ class Server:
 
     def _exchange(self, order: Order) -> dict[int, Answer]:
         """Ask every client of the cohort and judge what comes back; who says nothing in time is "silent"."""
-        clients = {self.nodes[c]: c for c in order.terms}
-        asked = [
-            new_message(self._grid, self._request(order, c), messages.TRAIN, self.nodes[c], str(order.round))
-            for c in sorted(order.terms)
-        ]
-        answers: dict[int, Answer] = {}
-        again: list[int] = []
-        for reply in self._pull(list(self._grid.push_messages(asked)), self.config.federation.reply_timeout):
-            client = clients[reply.metadata.src_node_id]
-            answers[client] = self._judge(order, client, reply, answers)
-            if answers[client].reason == "need-resync":
-                again.append(client)
-        if again:
-            self._resync(order, sorted(again), clients, answers)
+        answers = self._ask(order, sorted(order.terms))
+        again = [client for client, answer in sorted(answers.items()) if answer.reason == "need-resync"]
+        if again:  # they do not hold what the server thought: the whole model, once
+            answers = {c: a for c, a in answers.items() if c not in again} | self._ask(order, again, resync=True)
         for client in order.terms:
             answers.setdefault(client, Answer("silent", "no answer in time"))
         return answers
 
-    def _resync(self, order: Order, again: list[int], clients: dict[int, int], answers: dict[int, Answer]) -> None:
-        """Send the whole model to clients that do not hold what the server thought, once."""
-        asked = [
-            new_message(self._grid, self._request(order, c, resync=True), messages.TRAIN, self.nodes[c], str(order.round))
-            for c in again
+    def _ask(self, order: Order, clients: list[int], *, resync: bool = False) -> dict[int, Answer]:
+        """The first reply of each client, judged. What comes beside it counts for nobody and is named in the record."""
+        batch = [
+            new_message(self._grid, self._request(order, c, resync=resync), messages.TRAIN, self.nodes[c], str(order.round))
+            for c in clients
         ]
-        for reply in self._pull(list(self._grid.push_messages(asked)), self.config.federation.reply_timeout):
-            client = clients[reply.metadata.src_node_id]
-            answers[client] = self._judge(order, client, reply, {})
+        asked = dict(zip(self._grid.push_messages(batch), clients, strict=True))
+        answers: dict[int, Answer] = {}
+        for reply in self._pull(list(asked), self.config.federation.reply_timeout):
+            client, node = asked.get(reply.metadata.reply_to_message_id), reply.metadata.src_node_id
+            if client is None or node != self.nodes[client]:
+                order.strays.append(f"node {node}: rejected (unknown-sender)")
+            elif client in answers:
+                order.strays.append(f"client {client}: rejected (duplicate)")
+            else:
+                answers[client] = self._judge(order, client, reply)
+        return answers
 
     def _pull(self, ids: list[str], timeout: float) -> Any:
         """Replies as they come, until all are there or time is up."""
@@ -360,10 +361,8 @@ class Server:
         if self._stop.wait(seconds):
             raise Interrupted
 
-    def _judge(self, order: Order, client: int, message: Any, already: dict[int, Answer]) -> Answer:
+    def _judge(self, order: Order, client: int, message: Any) -> Answer:
         """Accept an update, or say why not. Whatever is wrong with it, the round goes on with the rest."""
-        if client in already:
-            return Answer("rejected", "duplicate")
         if not message.has_content():
             return Answer("failed", "internal-error")
         terms = order.terms[client]
@@ -438,12 +437,12 @@ class Server:
         """Evaluate, account, write and tell."""
         accuracy, loss = self.world.evaluate(self.broadcast.model)
         for client, answer in answers.items():
-            if answer.status != "refused":  # a refusal is sent before the charge; whoever is silent may have paid
-                self.steps[client] = self.steps.get(client, 0) + order.terms[client].steps
+            self.steps[client] = self.steps.get(client, 0) + self._charged_steps(order.terms[client], answer)
         clients = [self._client_record(order, client, answers[client]) for client in sorted(order.terms)]
         count = {s: sum(a.status == s for a in answers.values()) for s in ("answered", "refused", "rejected", "failed", "silent")}
         up, down = self.meter.of_round(order.round, "up"), self.meter.of_round(order.round, "down")
         notes = [f"client {c}: {a.status} ({a.reason})" for c, a in sorted(answers.items()) if a.status != "answered"]
+        notes += order.strays
         record = RoundRecord(
             round=order.round,
             accuracy=accuracy,
@@ -465,6 +464,7 @@ class Server:
             local = range(self.config.federation.local_steps)
             live = next(iter(order.live.values()))  # every client's has the same size
             self._step_shares += [live.steps(step).k / self.layout.d for step in local]
+        self.meter.forget(order.round + 1)  # the clients' lines hold it now; a checkpoint need not grow with it
         self._recorder.round(record, clients, self)
         for note in notes:
             self._observer.note(f"round {order.round}: {note}")
@@ -482,10 +482,15 @@ class Server:
         slow = self._link.slowdowns(len(self.plan.nominal_sizes), self.config.seed)
         return round_time(self._link, sizes, slow).seconds
 
+    def _charged_steps(self, terms: RoundTerms, answer: Answer) -> int:
+        """A client refuses before its charge, and a host that holds the ledger before it asks; whoever is silent may have paid."""
+        before = answer.status == "refused" and not (isinstance(self._grid, HostGrid) and terms.key in self._grid.charged)
+        return 0 if before else terms.steps
+
     def _client_record(self, order: Order, client: int, answer: Answer) -> ClientRecord:
         """One client's line, after `steps` has been brought up to date."""
         terms = order.terms[client]
-        steps = 0 if answer.status == "refused" else terms.steps
+        steps = self._charged_steps(terms, answer)
         up = self.meter.of_client(order.round, client, "up")
         down = self.meter.of_client(order.round, client, "down")
         seconds = self._grid.seconds.get(terms.key) if isinstance(self._grid, HostGrid) else None
@@ -526,8 +531,18 @@ class Server:
             f"round {order.round}",
             f"{left} of {len(answers)} clients answered and federation.min-clients is {self.config.federation.min_clients} "
             f"(out: {names}; client {first}: {out[first].reason})",
-            explain(out[first].reason),
+            self._what_would_fit(out[first].reason),
         )
+
+    def _what_would_fit(self, code: str) -> str:
+        """What a refusal means and, where this host's policy is the clients', which limit it met and what fits into it."""
+        from fed_dpprune.privacy.policy import REFUSAL_CODES, ClientPolicy
+
+        if code not in REFUSAL_CODES or not isinstance(self._grid, HostGrid):
+            return explain(code)
+        fits = ClientPolicy.from_config(self.config.policy).explain(code)
+        rounds = self.plan.max_rounds
+        return f"{fits}, which {rounds} rounds of this setting fit into" if code == "budget-exhausted" and rounds else fits
 
     # ------------------------------------------------------------------ checkpoints
 

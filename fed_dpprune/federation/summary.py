@@ -142,6 +142,21 @@ def make(
     }
 
 
+def unstarted(config: cfg.Config, status: str, reason: str) -> dict[str, Any]:
+    """What is known of a run before its clients have met: enough to label its directory."""
+    return {
+        "schema": SCHEMA,
+        "status": status,
+        "reason": reason,
+        "name": config.name,
+        "seed": config.seed,
+        "versions": _versions(),
+        "code_fingerprint": fingerprint(),
+        "rounds": 0,
+        "rounds_planned": config.federation.rounds,
+    }
+
+
 def prunable_count(server: Server) -> int:
     """Coordinates that pre-pruning may remove: what a prune rate is a share of."""
     from fed_dpprune.sparsity.prune import prunable

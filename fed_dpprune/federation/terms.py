@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -159,4 +160,6 @@ def from_wire(record: Mapping[str, Any]) -> RoundTerms:
         raise ClientFault("malformed-terms", "missing fields") from None
     if terms.round < 1 or terms.round > terms.rounds or terms.steps < 1 or not 0 <= terms.live <= terms.survivor_count:
         raise ClientFault("malformed-terms", "counts")
+    if not 0 < terms.learning_rate < math.inf:
+        raise ClientFault("malformed-terms", "learning rate")
     return terms
