@@ -7,6 +7,7 @@ Algorithm 1). Noise is added by the caller (`noise.py`), on the k values that co
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,9 +109,7 @@ class PrivateGradient:
         self._place = None if wide is support else support.within(wide)
         self._support, self._wide = support, wide
 
-    def clipped_sum(
-        self, x: NDArray[np.float32] | Tensor, y: NDArray[np.int64] | Tensor, clipping: Clipping
-    ) -> NDArray[np.float32] | NDArray[np.float64]:
+    def clipped_sum(self, x: NDArray[np.float32] | Tensor, y: NDArray[np.int64] | Tensor, clipping: Clipping) -> NDArray[Any]:
         """Sum over examples of the clipped gradient of each on the support.
 
         Adding or removing one example, of whatever content, moves the result by at most `clipping.clip_norm` in L2.
@@ -128,16 +127,19 @@ class PrivateGradient:
         inputs, labels = self._to_device(x), self._to_device(y)
         if self._live and len(inputs):
             self._prove(inputs, labels)
-        total = np.zeros(self._wide.k, dtype=np.float64)
         size = self.micro_batch or self._micro_batch()
         slack = 0.0 if self._dtype == torch.float64 else FLOAT32_SLACK
-        if self._live:
-            for start in range(0, len(inputs), size):
-                part = slice(start, start + size)
-                total += self._one_sum(inputs[part], labels[part], clipping, slack)
+        starts = range(0, len(inputs) if self._live else 0, size)
+        parts = (self._one_sum(inputs[s : s + size], labels[s : s + size], clipping, slack) for s in starts)
+        if len(starts) == 1:
+            total = next(parts)
+        else:
+            total = np.zeros(self._wide.k, dtype=np.float64)
+            for part in parts:
+                total += part
         if self._place is not None:
             total = total[self._place]
-        return total if self._dtype == torch.float64 else total.astype(np.float32)
+        return total.astype(np.float64 if self._dtype == torch.float64 else np.float32, copy=False)
 
     @property
     def route(self) -> str:
@@ -156,7 +158,8 @@ class PrivateGradient:
             raise ConfigError("engine.backend", f"no compiled kernel: {reason}", "use engine.backend = auto")
         return LayerEngine(self.module, self._loss, kernel, autocast=precision == "bfloat16")
 
-    def _one_sum(self, x: Tensor, y: Tensor, clipping: Clipping, slack: float) -> NDArray[np.float64]:
+    def _one_sum(self, x: Tensor, y: Tensor, clipping: Clipping, slack: float) -> NDArray[Any]:
+        total: NDArray[Any]
         if self._layers is not None:
             try:
                 total = self._layers.clipped_sum(self._live, x, y, clipping, slack)
@@ -165,7 +168,7 @@ class PrivateGradient:
                 return self._one_sum(x, y, clipping, slack)
         else:
             total = self._whole.clipped_sum(self._live, x, y, clipping, slack)
-        if np.isfinite(total).all():
+        if np.isfinite(total.sum()):
             return total
         # Finite gradients whose products left float32's range on the way: once more in float64, a sum is never let out broken.
         exact = VmapEngine(self.module, self._loss, torch.float64)

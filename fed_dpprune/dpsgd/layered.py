@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fed_dpprune.dpsgd.allocator import keep_freed_memory
 from fed_dpprune.dpsgd.clipping import Clipping
 from fed_dpprune.dpsgd.compiled import Kernel
 from fed_dpprune.dpsgd.grad_sample import fallback
@@ -59,7 +60,8 @@ class LayerEngine:
 
     def __init__(self, module: nn.Module, loss: Loss, kernel: Kernel | None, autocast: bool = False) -> None:
         self.module, self.loss, self.kernel, self.autocast = module, loss, kernel, autocast
-        self.kept: dict[str, float] = {}  # bytes per example and live coordinate that a tensor's contribution holds
+        keep_freed_memory()
+        self._held: dict[str, bool] = {}  # whether a tensor's per-example gradients are kept until the sum
         names: dict[int, str] = {id(p): name for name, p in module.named_parameters()}
         self._owners: dict[str, list[tuple[nn.Module, str]]] = {}
         for layer in module.modules():
@@ -68,12 +70,12 @@ class LayerEngine:
 
     def example_bytes(self, live: tuple[LiveTensor, ...]) -> int:
         """Memory that one example's contributions hold until the sum, to choose a micro-batch."""
-        return int(sum(self.kept.get(t.name, 4.0) * t.count for t in live))
+        return 4 * sum(t.count for t in live if self._held.get(t.name, True))
 
     def clipped_sum(
         self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor, clipping: Clipping, slack: float
-    ) -> NDArray[np.float64]:
-        """Mask, clip, sum over one micro-batch; shape (k,), float64.
+    ) -> NDArray[np.float32]:
+        """Mask, clip, sum over one micro-batch; shape (k,), float32.
 
         Raises:
             Unfit: A layer is used in a way that no rule does exactly.
@@ -85,14 +87,14 @@ class LayerEngine:
             usable = torch.isfinite(squared.sum(0))
             if bool(usable.all()):
                 factors = clipping.factors(squared.numpy(), slack)
-                return self._sum(contributions, torch.from_numpy(factors).to(x.device, torch.float32))
+                weights = torch.from_numpy(factors).to(x.device, torch.float32)
+                out = torch.empty(live[-1].stop, device=x.device)
+                for tensor, part, weight in zip(live, contributions, weights, strict=True):
+                    part.weighted_sum(weight, out[tensor.start : tensor.stop])
+                return out.cpu().numpy()
             # Absent examples leave the batch: scaled by zero, their infinities would still poison the sum.
             x, y = x[usable.to(x.device)], y[usable.to(y.device)]
-        return np.zeros(sum(t.count for t in live))
-
-    def _sum(self, contributions: Sequence[Contribution], factors: Tensor) -> NDArray[np.float64]:
-        parts = [part.weighted_sum(factor) for part, factor in zip(contributions, factors, strict=True)]
-        return torch.cat(parts).double().cpu().numpy()
+        return np.zeros(live[-1].stop, dtype=np.float32)
 
     def _contributions(self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor) -> tuple[list[Contribution], Tensor]:
         sites = self._sites(live)
@@ -106,8 +108,9 @@ class LayerEngine:
                 hook = _Hook(site, anchor, len(x), self.kernel)
                 stack.callback(site.layer.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
                 stack.callback(site.layer.register_forward_hook(hook.after, with_kwargs=True).remove)
-            with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-                losses = self.loss(self.module(x), y)
+            if self.autocast:
+                stack.enter_context(torch.autocast(x.device.type, dtype=torch.bfloat16))
+            losses = self.loss(self.module(x), y)
             if losses.shape != (len(x),):
                 raise ValueError(f"the loss gave shape {tuple(losses.shape)} for {len(x)} examples; it must give one loss each")
             if losses.requires_grad:
@@ -128,7 +131,9 @@ class LayerEngine:
             if site.open or not site.found:
                 raise Unfit(f"{type(site.layer).__name__} was not run, or its output does not reach the loss")
             for own, part in site.found.items():
-                parts[site.live[own].name].append(part)
+                name = site.live[own].name
+                parts[name].append(part)
+                self._held[name] = part.held > 0
         return [found[0] if len(found) == 1 else Shared(found) for found in parts.values()]
 
 

@@ -49,13 +49,15 @@ class Contribution(ABC):
 
     Attributes:
         squared: Squared norms, shape (n,), float64.
+        held: Bytes kept per example until the sum, beyond what the layer's input and output gradient take.
     """
 
     squared: Tensor
+    held: int = 0
 
     @abstractmethod
-    def weighted_sum(self, factors: Tensor) -> Tensor:
-        """Sum over examples of factor times gradient: shape (n,) -> (m,)."""
+    def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
+        """Write the sum over examples of factor (n,) times gradient into `out`, shape (m,), contiguous."""
 
     @abstractmethod
     def values(self) -> Tensor:
@@ -66,12 +68,12 @@ class Values(Contribution):
     """Gradients kept as a matrix of shape (n, m)."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values
-        self.squared = values.square().sum(1, dtype=torch.float64)
+        self._values, self.held = values, 4 * values.shape[1]
+        self.squared = values.square().double().sum(1)
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
+    def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        return factors @ self._values
+        torch.mv(self._values.T, factors, out=out)
 
     def values(self) -> Tensor:
         """See Contribution."""
@@ -82,19 +84,17 @@ class Blocks(Contribution):
     """Gradients as the compiled kernel writes them: shape (groups, m, lanes), examples side by side."""
 
     def __init__(self, kernel: Kernel, n: int, blocks: Tensor, squared: Tensor | None = None) -> None:
-        self._kernel, self._n, self._blocks = kernel, n, blocks
+        self._kernel, self._n, self._blocks, self.held = kernel, n, blocks, 4 * blocks.shape[1]
         if squared is None:
             squared = torch.empty(blocks.shape[0] * kernel.lanes, dtype=torch.float64)
             kernel.library.squared_values(blocks.shape[0], blocks.shape[1], blocks.data_ptr(), squared.data_ptr())
         self.squared = squared[:n]
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
+    def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
         groups, live, lanes = self._blocks.shape
         padded = nn.functional.pad(factors, (0, groups * lanes - self._n))
-        out = torch.empty(live)
         self._kernel.library.weighted_values(groups, live, self._blocks.data_ptr(), padded.data_ptr(), out.data_ptr())
-        return out
 
     def values(self) -> Tensor:
         """See Contribution."""
@@ -109,11 +109,11 @@ class Shared(Contribution):
         for part in parts[1:]:
             total = total + part.values()
         self._sum = Values(total)
-        self.squared = self._sum.squared
+        self.squared, self.held = self._sum.squared, self._sum.held
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
+    def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        return self._sum.weighted_sum(factors)
+        self._sum.weighted_sum(factors, out)
 
     def values(self) -> Tensor:
         """See Contribution."""

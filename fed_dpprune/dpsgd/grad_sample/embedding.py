@@ -18,14 +18,14 @@ class Rows(Contribution):
 
     def __init__(self, rows: Tensor, example: Tensor, word: Tensor, n: int, words: int, live: LiveTensor) -> None:
         self._rows, self._example, self._word, self._n, self._words, self._live = rows, example, word, n, words, live
-        per_row = rows.square().sum(1, dtype=torch.float64)
+        per_row = rows.square().double().sum(1)
         self.squared = torch.zeros(n, dtype=torch.float64, device=rows.device).index_add_(0, example, per_row)
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
+    def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
         total = self._rows.new_zeros(self._words, self._rows.shape[1])
         total.index_add_(0, self._word, self._rows * factors[self._example].unsqueeze(1))
-        return total.flatten().index_select(0, on_device(self._live, total.device))
+        torch.index_select(total.flatten(), 0, on_device(self._live, total.device), out=out)
 
     def values(self) -> Tensor:
         """See Contribution."""

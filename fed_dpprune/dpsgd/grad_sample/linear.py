@@ -20,8 +20,8 @@ from fed_dpprune.dpsgd.live import LiveTensor
 CHUNK_BYTES = 32 * 2**20
 # Squares of float32 lose what is below 1e-23. Within this bound that is far below any clip norm; beyond, examples are scaled.
 PLAIN_RANGE = 1e6
-# Sampled products run at about half the speed of dense ones and dense ones need no gathering.
-DENSE_FROM = 0.4
+# Sampled products take this much of the time of the two dense products and the gathering that any mask needs.
+DENSE_FROM = 0.65
 
 
 def contributions(
@@ -32,14 +32,19 @@ def contributions(
     n = calls[0].gradient.shape[0]
     if any(call.arguments[0].ndim < 2 for call in calls):
         raise Unfit("a linear layer without a dimension for the examples")
-    a = torch.cat([call.x.reshape(n, -1, linear.in_features) for call in calls], 1)
-    g = torch.cat([call.g.reshape(n, -1, linear.out_features) for call in calls], 1)
+    a = _joined([call.x.reshape(n, -1, linear.in_features) for call in calls])
+    g = _joined([call.g.reshape(n, -1, linear.out_features) for call in calls])
     found: dict[str, Contribution] = {}
     if "bias" in live:
-        found["bias"] = Values(pick(g.sum(1), live["bias"]))
+        found["bias"] = Values(pick(g.squeeze(1) if g.shape[1] == 1 else g.sum(1), live["bias"]))
     if "weight" in live:
         found["weight"] = _weight(a, g, live["weight"], kernel)
     return found
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Calls of one layer as one longer sequence, shape (n, positions, features)."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _weight(a: Tensor, g: Tensor, live: LiveTensor, kernel: Kernel | None) -> Contribution:
@@ -89,9 +94,9 @@ class Outer(_OnePosition):
             self.a = a if len(columns) == a.shape[1] else a.index_select(1, columns)
         self.squared = _squared_norm(self.a) * _squared_norm(self.g)
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
+    def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        return ((self.g * factors.unsqueeze(1)).T @ self.a).flatten()
+        torch.mm((self.g * factors.unsqueeze(1)).T, self.a, out=out.view(self.g.shape[1], self.a.shape[1]))
 
     def values(self) -> Tensor:
         """See Contribution."""
@@ -106,11 +111,12 @@ class Masked(_OnePosition):
         a_scale, g_scale = _scale(a), _scale(g)
         mixed = (g / g_scale).square() @ _mask(live, a)
         per_feature = mixed * (a / a_scale).square()
-        self.squared = per_feature.sum(1, dtype=torch.float64) * (a_scale.double() * g_scale.double()).square().squeeze(1)
+        self.squared = per_feature.double().sum(1) * (a_scale.double() * g_scale.double()).square().squeeze(1)
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
+    def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        return ((self.g * factors.unsqueeze(1)).T @ self.a).flatten().index_select(0, on_device(self.live, self.a.device))
+        whole = (self.g * factors.unsqueeze(1)).T @ self.a
+        torch.index_select(whole.flatten(), 0, on_device(self.live, self.a.device), out=out)
 
 
 class Sampled(_OnePosition):
@@ -120,19 +126,23 @@ class Sampled(_OnePosition):
         super().__init__(a.contiguous(), g.contiguous(), live)
         self._kernel, n = kernel, a.shape[0]
         self._groups = -(-n // kernel.lanes)
-        a_scale, g_scale = _scale(a).flatten(), _scale(g).flatten()
-        self._turned = self._turn(self.a, 1 / a_scale)
-        self._reusable = bool((a_scale == 1).all())
         squared = torch.empty(self._groups * kernel.lanes, dtype=torch.float64)
-        self._run(kernel.library.linear_squared, self._turned, self._turn(self.g, 1 / g_scale), squared)
-        self.squared = squared[:n] * (a_scale.double() * g_scale.double()).square()
+        self._reusable = bool(max(a.abs().max(), g.abs().max()) <= PLAIN_RANGE)
+        if self._reusable:
+            one = torch.ones(n)
+            self._turned = self._turn(self.a, one)
+            self._run(kernel.library.linear_squared, self._turned, self._turn(self.g, one), squared)
+            self.squared = squared[:n]
+        else:
+            a_scale, g_scale = _scale(a).flatten(), _scale(g).flatten()
+            turned = self._turn(self.a, 1 / a_scale), self._turn(self.g, 1 / g_scale)
+            self._run(kernel.library.linear_squared, *turned, squared)
+            self.squared = squared[:n] * (a_scale.double() * g_scale.double()).square()
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
+    def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
         turned = self._turned if self._reusable else self._turn(self.a, torch.ones_like(factors))
-        out = torch.empty(self.live.count)
         self._run(self._kernel.library.linear_sum, turned, self._turn(self.g, factors), out)
-        return out
 
     def _turn(self, source: Tensor, scale: Tensor) -> Tensor:
         """(n, features) -> (features, n padded), each example times its scale."""
@@ -149,13 +159,12 @@ class Sampled(_OnePosition):
 
 
 def _squared_norm(value: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(value, dim=1, dtype=torch.float64)
-    return norm.square()
+    return value.double().square_().sum(1)
 
 
 def _scale(value: Tensor) -> Tensor:
     """1 per example, or its largest magnitude when that leaves the plain range; shape (n, 1)."""
-    largest = torch.linalg.vector_norm(value, ord=torch.inf, dim=1, keepdim=True)
+    largest = value.abs().amax(1, keepdim=True)
     return torch.where(largest <= PLAIN_RANGE, torch.ones_like(largest), largest)
 
 
