@@ -483,7 +483,7 @@ class Server:
         return round_time(self._link, sizes, slow).seconds
 
     def _charged_steps(self, terms: RoundTerms, answer: Answer) -> int:
-        """A client refuses before its charge, and a host that holds the ledger before it asks; whoever is silent may have paid."""
+        """Clients refuse before their charge, but a host with the ledger charges before it asks; who is silent may have paid."""
         before = answer.status == "refused" and not (isinstance(self._grid, HostGrid) and terms.key in self._grid.charged)
         return 0 if before else terms.steps
 
