@@ -287,3 +287,20 @@ def test_a_saved_model_of_another_net_or_a_damaged_one_is_refused(tmp_path):
         vector.open_saved(path, layout)
     with pytest.raises(DataError):
         vector.open_saved(tmp_path / "none.safetensors", layout)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_max_pooling_is_torchs_to_the_bit_with_ties_forward_and_backward(stride):
+    import torch
+
+    from fed_dpprune.models.modules import MaxPool
+
+    x = torch.tanh(torch.randn(3, 5, 9, 9, generator=torch.Generator().manual_seed(0)))
+    x[:, :, :4] = -0.5  # a constant background: every window there is a tie
+    ours, theirs = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
+    got, expected = MaxPool(2, stride)(ours), torch.nn.functional.max_pool2d(theirs, 2, stride)
+    weights = torch.randn_like(expected)
+    (got * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.equal(got, expected)
+    assert torch.equal(ours.grad, theirs.grad)

@@ -24,6 +24,7 @@ from fed_dpprune import config as cfg
 from fed_dpprune.data import partition
 from fed_dpprune.data import registry as datasets
 from fed_dpprune.data.dataset import Dataset
+from fed_dpprune.dotted import is_path
 from fed_dpprune.errors import ClientFault, ConfigError, FedDPPruneError
 from fed_dpprune.federation.client import ClientRuntime, ClientSetup, Guard, HostGuard
 from fed_dpprune.federation.guard import LedgerGuard
@@ -40,7 +41,7 @@ from fed_dpprune.privacy.policy import ClientPolicy
 
 _log = logging.getLogger(__name__)
 
-NODE_KEYS = ("partition-id", "num-partitions", "data", "nominal-size", "ledger")
+NODE_KEYS = ("partition-id", "num-partitions", "data", "nominal-size", "ledger", "allow-code")
 
 
 class ContextStore:
@@ -124,14 +125,27 @@ class Node:
         self.config = config
         self.partition = _number(node, "partition-id", least=0)
         self._own_data = str(node.get("data", ""))
-        data = config.data.model_copy(update={"dataset": self._own_data}) if self._own_data else config.data
+        own = {"dataset": self._own_data, "public": ""}  # a public range is one of the server's data set
+        data = config.data.model_copy(update=own) if self._own_data else config.data
         self.data = data
         self._partitions = config.federation.clients
         if not self._own_data and "num-partitions" in node:
             self._partitions = _number(node, "num-partitions", least=1)
+        self._refuse_foreign_code(bool(node.get("allow-code", False)))
         self.ledger = str(node.get("ledger", ""))
         self.nominal_size = _number(node, "nominal-size", least=1) if "nominal-size" in node else len(self.rows())
         self.policy = ClientPolicy.from_node_config(node)
+
+    def _refuse_foreign_code(self, allowed: bool) -> None:
+        """A dotted path runs code of the node's: a run-config may name one only where the operator says `allow-code`.
+
+        Raises:
+            ConfigError: It does, and the operator has not.
+        """
+        for key, path in (("model.name", self.config.model.name), ("data.dataset", self.config.data.dataset)):
+            shared = key == "model.name" or not self._own_data
+            if shared and is_path(path) and not allowed and not _inside_ray():
+                raise ConfigError(key, f"{path!r} would run code of this node", "set allow-code = true in its node-config")
 
     def rows(self) -> NDArray[np.int64]:
         """This client's rows: all of a data set of its own, else its part of the shared one."""

@@ -261,12 +261,13 @@ def _run(
     parts = files.checkpoint / "partition.npz"
     clients = simulation.SimulatedClients(
         config=config,
-        data=simulation.absolute(config.data),
+        data=datasets.absolute(config.data),
         partition=parts.resolve(),
         partition_digest=simulation.write_parts(parts, gathered.parts),
         models=files.models.resolve(),
         sizes=plan.nominal_sizes,
         d=gathered.layout.d,
+        home=os.getcwd(),
     )
     saved = checkpoint.read(files.checkpoint, config_digest(config))
 

@@ -7,6 +7,7 @@ builds travels to Ray's actors as a pickled object, never through a config or a 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class SimulatedClients:
         models: Folder of the clients' models.
         sizes: Nominal sizes.
         d: Length of the parameter vector.
+        home: The driver's working directory: where a user's own nets and loaders are imported from.
     """
 
     config: cfg.Config
@@ -56,6 +58,7 @@ class SimulatedClients:
     models: Path
     sizes: tuple[int, ...]
     d: int
+    home: str
 
     def app(self) -> ClientApp:
         """The Flower app of these clients."""
@@ -74,6 +77,8 @@ class SimulatedClients:
 
     def runtime(self, context: Context) -> ClientRuntime:
         """The client that a node plays."""
+        if self.home not in sys.path:
+            sys.path.append(self.home)
         partition = int(context.node_config["partition-id"])
         return ClientRuntime(
             ClientSetup(
@@ -141,16 +146,6 @@ def write_parts(path: Path, parts: list[NDArray[np.int64]]) -> str:
     np.savez(temporary, rows=rows, edges=edges)
     temporary.replace(path)
     return _digest(rows, edges)
-
-
-def absolute(data: cfg.Data) -> cfg.Data:
-    """Paths to files or folders made absolute; names are left alone."""
-    path = Path(data.dataset)
-    return (
-        data.model_copy(update={"dataset": str(path.resolve())})
-        if path.exists() and "/" in str(path.resolve()) and (path.suffix or path.is_dir())
-        else data
-    )
 
 
 def run_inline(clients: SimulatedClients, serve: Callable[[Grid], None]) -> None:

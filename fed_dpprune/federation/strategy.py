@@ -63,6 +63,7 @@ class World:
         evaluate: Weights to (accuracy, loss) on held-out data.
         odds: Weights and round to inclusion odds per tensor; None for uniform ones.
         scores: Weights to scores of all coordinates from public data; None where no support is chosen by them.
+        notes: What a reader of the results must be told of data and weights.
     """
 
     config: cfg.Config
@@ -71,6 +72,7 @@ class World:
     evaluate: Callable[[Vector], tuple[float, float]]
     odds: Callable[[Vector, int], tuple[int, ...]] | None = None
     scores: Callable[[Vector], NDArray[np.float64]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass

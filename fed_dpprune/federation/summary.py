@@ -138,6 +138,12 @@ def make(
             "representation": server.representation_sparsity(),
             "provenance": sorted({survivors.provenance, *server.provenances}),
         },
+        "data": {
+            "dataset": config.data.dataset,
+            "public": config.data.public,
+            "weights": config.model.weights,
+            "notes": list(server.world.notes),
+        },
         "time": clock.as_json(),
     }
 

@@ -35,10 +35,10 @@ def build_world(config: cfg.Config, layout: Layout, dataset: Dataset) -> World:
 
     torch.set_num_threads(1)
     spec = from_config(config.model, dataset.input_shape, dataset.classes)
-    weights = initial_weights.start(spec, layout, config.seed).vector
+    begun = initial_weights.start(spec, layout, config.seed)
     context = CriterionContext(
         layout=layout,
-        weights=weights,
+        weights=begun.vector,
         build=lambda: registry.build(spec),
         input_shape=dataset.input_shape,
         seed=config.seed,
@@ -46,12 +46,13 @@ def build_world(config: cfg.Config, layout: Layout, dataset: Dataset) -> World:
         weights_provenance="public" if config.model.weights else "data-free",
     )
     survivors = pre_prune(config.sparsity.prune, context, config.sparsity.granularity)
-    begin = Start(start.starting_model(config, layout, weights, survivors), survivors)
+    begin = Start(start.starting_model(config, layout, begun.vector, survivors), survivors)
     odds = None
     if config.sparsity.freeze.method == "random" and config.sparsity.freeze.odds == "layer-energy":
         odds = _odds(context)
     scores = _scores(context) if shipped_part(config.sparsity) else None
-    return World(config, layout, begin, _evaluator(config, layout, dataset), odds, scores)
+    notes = dataset.notes + tuple(f"{name} starts from a fresh draw" for name in begun.fresh)
+    return World(config, layout, begin, _evaluator(config, layout, dataset), odds, scores, notes)
 
 
 def _odds(context: CriterionContext) -> Callable[[Vector, int], tuple[int, ...]]:
