@@ -150,7 +150,7 @@ def test_the_bar_fits_on_one_line_of_80_columns(tmp_path):
 
 
 def test_time_left_is_told_once_a_pace_is_known(tmp_path):
-    seen = _on_a_terminal(BAR.replace("sleep(0.05)", "sleep(0.6)"), str(tmp_path / "log.txt"))
+    seen = _on_a_terminal(BAR.replace("sleep(0.05)", "sleep(0.3)"), str(tmp_path / "log.txt"))
     before, training = seen.split("training", 1)
     assert "left" not in before
     assert re.search(r"\d:\d\d left", training)

@@ -64,8 +64,9 @@ def test_halve_runs():
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A repository with one guarded and one unguarded function."""
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with one guarded and one unguarded function, whose pytest starts without plugins."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     for folder in ("fed_dpprune", "tests/mutants"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "fed_dpprune" / "__init__.py").write_text("def double(x):\n    return 2 * x\n\ndef halve(x):\n    return x / 2\n")
