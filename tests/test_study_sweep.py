@@ -237,6 +237,19 @@ def test_without_a_terminal_the_sweep_prints_a_line_for_each_run(study):
     assert "\x1b" not in shown
 
 
+def test_a_real_run_goes_through(study, monkeypatch, tmp_path):
+    study.write_text("[common]\nfederation.rounds = 1\nfederation.clients = 2\nprivacy.noise-multiplier = 2.0\n")
+    monkeypatch.setenv("FED_DPPRUNE_CACHE", str(tmp_path / "cache"))
+    screen = io.StringIO()
+    assert sweep(study, Screen(screen, screen), out=tmp_path / "out") == 0
+    (row,) = _rows(tmp_path / "out")
+    assert (row["status"], row["rounds"]) == ("complete", "1")
+    assert 0 < float(row["accuracy_last"]) < 1
+    assert float(row["epsilon_max"]) > 0
+    assert (tmp_path / "out" / "run_seed=0" / "log.txt").exists()
+    assert "1 of 1 runs are complete already" in _sweep(study)[1]
+
+
 def test_spread_is_mean_and_sample_standard_deviation():
     assert spread([0.9, 0.92, 0.94], ".3f") == "0.920 ± 0.020"
     assert spread([0.9], ".3f") == "0.900"

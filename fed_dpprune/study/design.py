@@ -75,7 +75,7 @@ def load(path: Path) -> Study:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(str(path), "no such study file", "its form is in docs/architecture.md and in configs/studies") from None
+        raise BadInput(str(path), "no such study file", "name a .toml file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(str(path), f"cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
