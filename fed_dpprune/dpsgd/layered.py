@@ -108,14 +108,18 @@ class LayerEngine:
                 hook = _Hook(site, anchor, len(x), self.kernel)
                 stack.callback(site.layer.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
                 stack.callback(site.layer.register_forward_hook(hook.after, with_kwargs=True).remove)
-            if self.autocast:
-                stack.enter_context(torch.autocast(x.device.type, dtype=torch.bfloat16))
-            losses = self.loss(self.module(x), y)
+            losses = self._losses(x, y)
             if losses.shape != (len(x),):
                 raise ValueError(f"the loss gave shape {tuple(losses.shape)} for {len(x)} examples; it must give one loss each")
             if losses.requires_grad:
                 torch.autograd.grad(losses.sum(), anchor, allow_unused=True)
         return self._gather(live, sites), losses.detach()
+
+    def _losses(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self.autocast:
+            return self.loss(self.module(x), y)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):  # not around the backward pass: the rules work in float32
+            return self.loss(self.module(x), y)
 
     def _sites(self, live: tuple[LiveTensor, ...]) -> list[Site]:
         sites: dict[int, Site] = {}

@@ -108,7 +108,7 @@ class Masked(_OnePosition):
 
     def __init__(self, a: Tensor, g: Tensor, live: LiveTensor) -> None:
         super().__init__(a, g, live)
-        a_scale, g_scale = _scale(a), _scale(g)
+        a_scale, g_scale = (torch.ones(len(a), 1),) * 2 if a.is_cpu and _plain(a, g) else (_scale(a), _scale(g))
         mixed = (g / g_scale).square() @ _mask(live, a)
         per_feature = mixed * (a / a_scale).square()
         self.squared = per_feature.double().sum(1) * (a_scale.double() * g_scale.double()).square().squeeze(1)
@@ -127,7 +127,7 @@ class Sampled(_OnePosition):
         self._kernel, n = kernel, a.shape[0]
         self._groups = -(-n // kernel.lanes)
         squared = torch.empty(self._groups * kernel.lanes, dtype=torch.float64)
-        self._reusable = bool(max(a.abs().max(), g.abs().max()) <= PLAIN_RANGE)
+        self._reusable = _plain(a, g)
         if self._reusable:
             one = torch.ones(n)
             self._turned = self._turn(self.a, one)
@@ -162,10 +162,15 @@ def _squared_norm(value: Tensor) -> Tensor:
     return value.double().square_().sum(1)
 
 
+def _plain(a: Tensor, g: Tensor) -> bool:
+    """Whether products of squares can be taken as they are."""
+    return bool(max(a.abs().max(), g.abs().max()) <= PLAIN_RANGE)
+
+
 def _scale(value: Tensor) -> Tensor:
-    """1 per example, or its largest magnitude when that leaves the plain range; shape (n, 1)."""
+    """The largest magnitude of each example (1 where all is zero), shape (n, 1)."""
     largest = value.abs().amax(1, keepdim=True)
-    return torch.where(largest <= PLAIN_RANGE, torch.ones_like(largest), largest)
+    return torch.where(largest == 0, torch.ones_like(largest), largest)
 
 
 def _rows_and_columns(live: LiveTensor, device: torch.device) -> tuple[Tensor, Tensor]:
