@@ -163,3 +163,26 @@ def test_clipping_refuses_bounds_that_bound_nothing():
             Clipping(bad)
     with pytest.raises(ValueError, match="mode"):
         Clipping(1.0, "median")
+
+
+def test_factors_allow_for_the_rounding_of_float32_norms():
+    for mode in MODES:
+        norm = np.array([[4.0, 1e-8]]).T
+        squared = np.square(norm) * (1 - 1.9e-6)  # norms that came out almost a millionth too small
+        factors = Clipping(1.0, mode).factors(squared.T, slack=1e-6)
+        assert (factors * norm.T <= 1.0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_example_whose_loss_alone_is_not_finite_adds_nothing(backend):
+    """An infinite loss with a finite gradient still says that the example is beyond what the model can take."""
+
+    def loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits, y, reduction="none") + torch.where(y == 2, torch.inf, 0.0)
+
+    net = small_net()
+    x, y = batch(6)
+    y[:] = [0, 1, 2, 0, 2, 1]
+    engine = PrivateGradient(net, layout_of(net), backend=backend, loss=loss)
+    rest = engine.clipped_sum(x[y != 2], y[y != 2], Clipping(0.1))
+    np.testing.assert_allclose(engine.clipped_sum(x, y, Clipping(0.1)), rest, rtol=1e-4, atol=1e-7)

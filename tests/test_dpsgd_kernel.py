@@ -253,3 +253,22 @@ def test_bfloat16_autocast_stays_bounded_and_close(backend):
 
 def test_a_compiler_is_part_of_what_the_suite_expects_here_or_is_said_to_be_missing():
     assert bool(shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")) == compiled.kernel_status()["available"]
+
+
+@needs_kernel
+def test_the_kernel_adds_up_the_bands_of_a_large_image():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 6, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 65 * 40, 2))
+    layout = layout_of(net, frozen=("3.weight", "3.bias"))
+    x, y = torch.randn(3, 8, 65, 40), torch.tensor([0, 1, 1])
+    gradients = loop_gradients(net, x.numpy(), y.numpy())
+    conv = layout.offsets[2]
+    for fraction in (0.2, 1.0):
+        mask = np.random.default_rng(0).random(conv) < fraction
+        support = Support(np.flatnonzero(mask).astype(np.int64), layout.d)
+        engine = PrivateGradient(net, layout, backend="compiled")
+        engine.set_support(support)
+        clip_norm = float(np.median(np.linalg.norm(gradients[:, support.indices], axis=1)))
+        expected = flat_clipped(gradients, support, clip_norm)
+        assert np.linalg.norm(engine.clipped_sum(x, y, Clipping(clip_norm)) - expected) <= 1e-5 * np.linalg.norm(expected)
+        assert engine.route == "compiled"

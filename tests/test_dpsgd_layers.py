@@ -269,3 +269,27 @@ def test_dropout_in_training_mode_clips_the_gradient_that_was_drawn():
     assert engine.route != "whole-model" and module.training
     assert np.linalg.norm(first) == pytest.approx(1e-3, rel=1e-4)
     assert not np.allclose(first, second)
+
+
+class Overwriter(nn.Module):
+    """Changes a layer's input after the layer has seen it; in training mode only, so that the self-check cannot see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        out = self.b(h)
+        if self.training:
+            with torch.no_grad():
+                h.mul_(3.0)
+        return out
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_input_changed_in_place_after_its_use_is_refused(route):
+    module = Overwriter().train()
+    engine = PrivateGradient(module, layout_of(module, frozen=("a.weight", "a.bias")), backend=route)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        engine.clipped_sum(torch.randn(5, 4), torch.randint(0, 3, (5,)), Clipping(0.1))
