@@ -47,7 +47,7 @@ def test_the_whole_distribution_is_normal(source: noise.NoiseSource) -> None:
 def test_coordinates_are_independent_of_their_neighbours_and_of_the_other_half() -> None:
     drawn = OsNoise().normal(100_000)
     band = 5 / np.sqrt(50_000)
-    for lag in (1, 2, 3, 4, 16_384, 32_768, 50_000):
+    for lag in (1, 2, 3, 4, 4096, 8192, 50_000):
         assert abs(np.corrcoef(drawn[:-lag], drawn[lag:])[0, 1]) < band, lag
         assert abs(np.corrcoef(drawn[:-lag] ** 2, drawn[lag:] ** 2)[0, 1]) < band, lag
 
@@ -73,7 +73,7 @@ def test_values_are_sums_of_four_normals(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sum(taken) == 4 * 1000
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 32_767, 32_768, 32_769])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 8191, 8192, 8193])
 def test_any_count_gives_that_many_values(count: int) -> None:
     for source in _sources():
         drawn = source.normal(count)
