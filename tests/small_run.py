@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,11 +16,21 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fed_dpprune import config as cfg
+from fed_dpprune.data import registry as datasets
 from fed_dpprune.federation import run as running
 from fed_dpprune.federation import simulation
+from fed_dpprune.federation.client import ClientRuntime, ClientSetup
+from fed_dpprune.federation.facts import gather
+from fed_dpprune.federation.guard import LedgerGuard
 from fed_dpprune.federation.inline import InlineGrid
+from fed_dpprune.federation.local_train import Share
+from fed_dpprune.federation.model_store import SharedStore
 from fed_dpprune.federation.observer import LogObserver
 from fed_dpprune.federation.run import Outcome
+from fed_dpprune.federation.secrets import OsSecrets, Secrets
+from fed_dpprune.federation.workbench import Workbench, workbench
+from fed_dpprune.privacy.ledger import Ledger
+from fed_dpprune.privacy.policy import ClientPolicy
 from fed_dpprune.records import read_lines
 
 NPY_HEADER = 128
@@ -162,3 +173,56 @@ def with_record(content: RecordDict, name: str, **changes: Any) -> RecordDict:
         if value is not None:
             record[key.replace("_", "-")] = value
     return RecordDict({**dict(content), name: ConfigRecord(record)})
+
+
+@dataclass
+class OwnClient:
+    """A client with a deployment's ledger of its own, and a count of the gradients that it has computed."""
+
+    runtime: ClientRuntime
+    ledger: Ledger
+    gradients: list[int]
+
+    def charges(self) -> int:
+        """Rows in its ledger."""
+        return self.ledger.head().count
+
+
+def own_client(conf: cfg.Config, partition: int, folder: Path, *, secrets: Secrets | None = None, **policy: Any) -> OwnClient:
+    """A client as a SuperNode would run it, on its part of the digits; `secrets` are the system's unless given."""
+    gathered = gather(conf)
+    rows = gathered.parts[partition]
+    ledger = Ledger.open_or_create(
+        folder / "client.sqlite", f"partition {partition}", mode="deployment", delta=conf.privacy.delta, accountant="rdp"
+    )
+    gradients: list[int] = []
+
+    class Counting:
+        """The workbench's engine, counted: what runs when anything private is computed."""
+
+        def __init__(self, engine: Any) -> None:
+            self._engine = engine
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._engine, name)
+
+        def clipped_sum(self, x: Any, y: Any, clipping: Any) -> Any:
+            gradients.append(len(x))
+            return self._engine.clipped_sum(x, y, clipping)
+
+    def bench() -> Workbench:
+        made = workbench(conf.model, conf.engine, gathered.labels.input_shape, gathered.labels.classes)
+        return replace(made, gradient=Counting(made.gradient))
+
+    setup = ClientSetup(
+        config=conf,
+        partition=partition,
+        nominal_size=len(rows),
+        bench=bench,
+        share=lambda: Share(datasets.load(conf.data, conf.seed).train, rows, len(rows)),
+        secrets=secrets or OsSecrets(),
+        store=SharedStore(folder / "models", gathered.layout.d),
+        guard=LedgerGuard(ledger, ClientPolicy(**policy), {partition: len(rows)}),
+        ledger="own",
+    )
+    return OwnClient(ClientRuntime(setup), ledger, gradients)

@@ -27,14 +27,14 @@ from fed_dpprune.federation.local_train import Share, train
 from fed_dpprune.federation.messages import Reply
 from fed_dpprune.federation.model_store import ModelStore, model_digest
 from fed_dpprune.federation.start import Start, Vector
-from fed_dpprune.federation.supports import Supports, changes_follow, shipped_part
+from fed_dpprune.federation.supports import Supports, best_claim, changes_follow, shipped_part
 from fed_dpprune.federation.terms import RoundTerms, config_digest, from_wire
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.plan import sample_rate
 from fed_dpprune.sparsity.criteria.table import CriterionContext
 from fed_dpprune.sparsity.prune import pre_prune
 from fed_dpprune.sparsity.recipe import RoundSupport
-from fed_dpprune.sparsity.support import Support, union, weakest
+from fed_dpprune.sparsity.support import PROVENANCES, Support, union, weakest
 
 if TYPE_CHECKING:
     from fed_dpprune.federation.secrets import Secrets
@@ -175,6 +175,8 @@ class ClientRuntime:
             raise ClientFault("config-mismatch", f"{terms.rounds} rounds")
         if terms.sample_rate != sample_rate(setup.config.privacy, setup.nominal_size):
             raise ClientFault("sample-rate-mismatch", repr(terms.sample_rate))
+        if terms.provenance not in PROVENANCES or weakest(terms.provenance, best_claim(setup.config)) != terms.provenance:
+            raise ClientFault("config-mismatch", f"supports of this config are not {terms.provenance!r}")
 
     def _receive(self, terms: RoundTerms, parcel: Parcel, payload: bytes, bench: Workbench) -> Start:
         """The round's model and the survivors, checked by digest and kept for the next round."""

@@ -37,6 +37,7 @@ from fed_dpprune.federation.supports import Supports
 from fed_dpprune.federation.terms import REPLY_CODES, RoundTerms, config_digest
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.plan import FLOAT32, EpsilonBook, Plan
+from fed_dpprune.privacy.policy import REFUSAL_CODES, ClientPolicy
 from fed_dpprune.records import ClientCounts, ClientRecord, RoundRecord
 from fed_dpprune.sparsity.recipe import RoundSupport
 from fed_dpprune.sparsity.support import Support, union
@@ -371,6 +372,8 @@ class Server:
         try:
             reply = messages.read_reply(message.content)
             self._count(order.round, client, "up", "update", len(reply.payload), message.content)
+            if reply.status not in REPLY_CODES.keys() | REFUSAL_CODES.keys():
+                raise WireError("reply", "unknown-status")
             if reply.status != "ok":
                 return Answer("failed" if reply.status in FAILURES else "refused", reply.status)
             values = self._checked_values(order, terms, reply)
@@ -538,8 +541,6 @@ class Server:
 
     def _what_would_fit(self, code: str) -> str:
         """What a refusal means and, where this host's policy is the clients', which limit it met and what fits into it."""
-        from fed_dpprune.privacy.policy import REFUSAL_CODES, ClientPolicy
-
         if code not in REFUSAL_CODES or not isinstance(self._grid, HostGrid):
             return explain(code)
         fits = ClientPolicy.from_config(self.config.policy).explain(code)
@@ -579,6 +580,4 @@ class Server:
 
 def explain(code: str) -> str:
     """What a refusal code means, in words."""
-    from fed_dpprune.privacy.policy import REFUSAL_CODES
-
     return {**REPLY_CODES, **REFUSAL_CODES}.get(code, "see the log")

@@ -14,7 +14,7 @@ from fed_dpprune import config as cfg
 from fed_dpprune.federation.start import Vector
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.recipe import RoundSupport, fixed, round_support
-from fed_dpprune.sparsity.support import Support
+from fed_dpprune.sparsity.support import Support, weakest
 
 NOT_SHIPPED, OUTER, WHOLE = "", "outer", "whole"
 
@@ -24,6 +24,17 @@ def shipped_part(sparsity: cfg.Sparsity) -> str:
     if sparsity.drop.method == "public":
         return WHOLE
     return OUTER if sparsity.freeze.method == "public" else NOT_SHIPPED
+
+
+# What a support made by these methods can claim at best. A file carries its own word, which the client cannot look at.
+_BEST_CLAIM = {"magnitude": "data-free", "synflow": "data-free", "snip": "public", "public": "public"}
+
+
+def best_claim(config: cfg.Config) -> str:
+    """The strongest provenance that supports of this config can have; terms that claim a stronger one are wrong."""
+    sparsity = config.sparsity
+    methods = (sparsity.prune.method, sparsity.freeze.method, sparsity.drop.method)
+    return weakest(*(_BEST_CLAIM.get(method, "random") for method in methods))
 
 
 def changes_follow(sparsity: cfg.Sparsity, missed: int) -> bool:

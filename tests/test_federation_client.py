@@ -1,0 +1,426 @@
+"""A client between a server that may be hostile and its own ledger: typed refusals, charges before work, one reply a request."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_run
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from small_run import OwnClient, own_client, with_record
+
+from fed_dpprune import config as cfg
+from fed_dpprune.data.sampling import SeededUniforms, Uniforms
+from fed_dpprune.dpsgd.noise import NoiseSource, SeededNoise
+from fed_dpprune.federation import messages
+from fed_dpprune.federation.client import ClientRuntime
+from fed_dpprune.federation.secrets import OsSecrets, SeededSecrets
+from fed_dpprune.federation.terms import REPLY_CODES, RoundTerms, config_digest, from_wire
+from fed_dpprune.plan import sample_rate
+from fed_dpprune.privacy.policy import REFUSAL_CODES
+
+CODES = REPLY_CODES.keys() | REFUSAL_CODES.keys()
+WHO = 1
+
+
+@pytest.fixture(scope="module")
+def conf() -> cfg.Config:
+    return small_run.config()
+
+
+@pytest.fixture(scope="module")
+def simulated(conf, tmp_path_factory):
+    """What client WHO was asked, round by round, and what its simulated self answered."""
+    _, tap = small_run.run(conf, tmp_path_factory.mktemp("simulated") / "out")
+    asked = {number: tap.requests[number, WHO][0] for number in range(1, 5)}
+    answered = {number: small_run.without_note(tap.replies[number, WHO][0]) for number in range(1, 5)}
+    return asked, answered
+
+
+@pytest.fixture(scope="module")
+def asked(simulated) -> dict[int, RecordDict]:
+    return simulated[0]
+
+
+@pytest.fixture
+def client(conf, tmp_path) -> OwnClient:
+    """A client that has answered round 1."""
+    return own_client(conf, WHO, tmp_path)
+
+
+@pytest.fixture
+def met(client, asked) -> OwnClient:
+    assert status(client.runtime.train(asked[1])) == "ok"
+    return client
+
+
+def status(reply: RecordDict) -> str:
+    return str(reply["reply"]["status"])
+
+
+def frozen(reply: RecordDict) -> bytes:
+    return messages.freeze(reply)
+
+
+def assert_refused(client: OwnClient, content: RecordDict, code: str | None = None) -> None:
+    """A typed refusal: nothing charged, no gradient, nothing but the word and the echoes."""
+    before = client.charges(), len(client.gradients)
+    reply = client.runtime.train(content)
+    assert (client.charges(), len(client.gradients)) == before
+    assert set(reply) == {"reply"}
+    assert set(reply["reply"]) == set(messages.REPLY_FIELDS)
+    assert status(reply) in CODES - {"ok"}
+    if code:
+        assert status(reply) == code
+
+
+# --- answers --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_with_its_own_ledger_answers_what_a_simulated_one_does(conf, simulated, tmp_path):
+    asked, answered = simulated
+    client = own_client(conf, WHO, tmp_path, secrets=SeededSecrets(conf.seed))
+    for number, content in asked.items():
+        assert frozen(client.runtime.train(content)) == frozen(answered[number])
+    assert client.charges() == len(asked)
+
+
+def test_steps_executed_are_steps_charged(met, conf):
+    (entry,) = met.ledger.history(str(WHO))
+    assert entry.steps == len(met.gradients) == conf.federation.local_steps
+
+
+def test_a_reply_holds_the_allowed_fields_and_one_array_alone(client, asked):
+    reply = client.runtime.train(asked[1])
+    assert set(reply) == {"reply", "update"}
+    assert set(reply["reply"]) == {"status", "request", "round", "digest", "fingerprint"}
+    assert list(reply["update"]) == ["payload"]
+    assert len(messages.payload_of(reply, "update")) == 4 * asked[1]["terms"]["live"]
+
+
+def test_a_hello_holds_public_facts_alone(client):
+    hello = client.runtime.hello(RecordDict())
+    assert set(hello) == {"hello"}
+    assert set(hello["hello"]) == {"status", "partition-id", "nominal-size", "ledger", "fingerprint", "config"}
+
+
+def test_only_the_noised_values_depend_on_the_data(conf, asked, tmp_path):
+    """Other data under identical randomness: every field, the number of bytes and every refusal are the same."""
+    other = own_client(conf, WHO, tmp_path / "other", secrets=SeededSecrets(conf.seed))
+    mine = own_client(conf, WHO, tmp_path / "mine", secrets=SeededSecrets(conf.seed))
+    share = mine.runtime._setup.share()
+    other.runtime._setup.share = lambda: type(share)(share.examples, share.indices[::-1][:30], share.nominal_size)
+    replies = [c.runtime.train(asked[1]) for c in (mine, other)]
+    assert dict(replies[0]["reply"]) == dict(replies[1]["reply"])
+    payloads = [messages.payload_of(r, "update") for r in replies]
+    assert len(payloads[0]) == len(payloads[1])
+    assert payloads[0] != payloads[1]
+    assert messages.message_bytes(replies[0]) == messages.message_bytes(replies[1])
+    bent = with_record(asked[2], "terms", noise_multiplier=0.0)
+    assert frozen(mine.runtime.train(bent)) == frozen(other.runtime.train(bent))
+
+
+def test_an_empty_batch_is_released_as_noise_and_charged(asked, tmp_path):
+    conf = small_run.config(**{"privacy.expected-batch": 0.01})
+    client = own_client(conf, WHO, tmp_path, secrets=SeededSecrets(0))
+    rate = sample_rate(conf.privacy, 337)
+    reply = client.runtime.train(with_record(asked[1], "terms", config=config_digest(conf), sample_rate=rate))
+    values = np.frombuffer(messages.payload_of(reply, "update"), dtype="<f4")
+    assert client.gradients == [0, 0]
+    assert status(reply) == "ok"
+    assert np.all(values != 0)
+    assert client.charges() == 1
+
+
+# --- a hostile server -----------------------------------------------------------------------------------------------------
+
+NAN, INF = math.nan, math.inf
+FORGED = "0" * 32
+HOSTILE: list[tuple[str, dict[str, Any], str]] = [
+    ("zero noise", {"noise_multiplier": 0.0}, "noise-multiplier-below-policy"),
+    ("negative noise", {"noise_multiplier": -1.2}, "noise-multiplier-below-policy"),
+    ("noise that is no number", {"noise_multiplier": NAN}, "noise-multiplier-below-policy"),
+    ("infinite noise", {"noise_multiplier": INF}, "noise-multiplier-below-policy"),
+    ("huge rate", {"sample_rate": 1.0}, "sample-rate-mismatch"),
+    ("negative rate", {"sample_rate": -0.1}, "sample-rate-mismatch"),
+    ("rate that is no number", {"sample_rate": NAN}, "sample-rate-mismatch"),
+    ("too many steps", {"steps": 1001}, "steps-above-policy"),
+    ("no steps", {"steps": 0}, "malformed-terms"),
+    ("negative steps", {"steps": -2}, "malformed-terms"),
+    ("large delta", {"delta": 0.5}, "delta-above-policy"),
+    ("zero delta", {"delta": 0.0}, "delta-above-policy"),
+    ("delta that is no number", {"delta": NAN}, "delta-above-policy"),
+    ("huge clip norm", {"clip_norm": 1e9}, "clip-norm-out-of-range"),
+    ("negative clip norm", {"clip_norm": -1.0}, "clip-norm-out-of-range"),
+    ("clip norm that is no number", {"clip_norm": NAN}, "clip-norm-out-of-range"),
+    ("learning rate that is no number", {"learning_rate": NAN}, "malformed-terms"),
+    ("infinite learning rate", {"learning_rate": INF}, "malformed-terms"),
+    ("negative learning rate", {"learning_rate": -1.0}, "malformed-terms"),
+    ("private support", {"provenance": "private"}, "provenance-not-allowed"),
+    ("support that claims more than its config allows", {"provenance": "random"}, "config-mismatch"),
+    ("provenance of no list", {"provenance": "trust me"}, "config-mismatch"),
+    ("forged support digest", {"digest": FORGED}, "digest-mismatch"),
+    ("forged model digest", {"model": FORGED}, "digest-mismatch"),
+    ("forged survivors", {"survivors": FORGED}, "digest-mismatch"),
+    ("forged layout", {"layout": FORGED}, "config-mismatch"),
+    ("other live count", {"live": 17}, "digest-mismatch"),
+    ("negative live count", {"live": -1}, "malformed-terms"),
+    ("other code", {"fingerprint": FORGED}, "code-mismatch"),
+    ("other config", {"config": FORGED}, "config-mismatch"),
+    ("other protocol", {"protocol": 2}, "protocol-mismatch"),
+    ("another client's terms", {"client": 2}, "config-mismatch"),
+    ("endless schedule", {"rounds": 2**62}, "config-mismatch"),
+    ("round past the end", {"round": 5}, "malformed-terms"),
+    ("round 0", {"round": 0}, "malformed-terms"),
+    ("text for a number", {"steps": "2"}, "malformed-terms"),
+    ("whole number for a fraction", {"clip_norm": 1}, "malformed-terms"),
+    ("an unknown field", {"seed_of_the_noise": 7}, "malformed-terms"),
+    ("a missing field", {"clip_norm": None}, "malformed-terms"),
+    ("odds that no draw uses", {"odds": [1, 2]}, "malformed-terms"),
+]
+
+
+@pytest.mark.parametrize(("changes", "code"), [pytest.param(c, w, id=n.replace(" ", "-")) for n, c, w in HOSTILE])
+def test_hostile_terms_are_refused_with_nothing_computed_or_charged(met, asked, changes, code):
+    assert_refused(met, with_record(asked[2], "terms", **changes), code)
+
+
+def _other_payloads(content: RecordDict) -> dict[str, RecordDict]:
+    blob = messages.payload_of(content, "model")
+
+    def holding(record: Any) -> RecordDict:
+        return RecordDict({**dict(content), "model": record})
+
+    def array(values: Any) -> ArrayRecord:
+        return ArrayRecord({"payload": Array(values)})
+
+    raw = np.frombuffer(blob, dtype=np.uint8)
+    return {
+        "shorter": holding(array(raw[:-4])),
+        "longer": holding(array(np.concatenate([raw, raw[:4]]))),
+        "empty": RecordDict({name: record for name, record in content.items() if name != "model"}),
+        "floats": holding(array(raw.view("<f4"))),
+        "square": holding(array(raw.reshape(2, -1))),
+        "two-arrays": holding(ArrayRecord({"payload": Array(raw), "more": Array(raw)})),
+        "no-array": holding(ConfigRecord({"payload": blob})),
+        "other-values": holding(array(raw ^ 1)),
+        "not-finite": holding(array(np.full(len(raw) // 4, np.nan, dtype="<f4").view(np.uint8))),
+    }
+
+
+@pytest.mark.parametrize(
+    "case", ["shorter", "longer", "empty", "floats", "square", "two-arrays", "no-array", "other-values", "not-finite"]
+)
+def test_a_malformed_payload_is_refused_with_nothing_computed_or_charged(met, asked, case):
+    assert_refused(met, _other_payloads(asked[2])[case])
+
+
+@pytest.mark.parametrize("record", ["terms", "request"])
+def test_a_request_without_its_records_is_refused(met, asked, record):
+    assert_refused(met, RecordDict({n: r for n, r in asked[2].items() if n != record}), "malformed-terms")
+
+
+@pytest.mark.parametrize("changes", [{"kind": "dance"}, {"kind": "start"}, {"base": FORGED}, {"base": None}, {"odds": [1]}])
+def test_a_request_that_does_not_fit_is_refused(met, asked, changes):
+    assert_refused(met, with_record(asked[2], "request", **changes))
+
+
+def _mutated(content: RecordDict, rng: random.Random) -> RecordDict:
+    """The request with one to three fields of one of its records replaced, dropped or added."""
+    name = rng.choice(["terms", "terms", "request"])
+    record = dict(content[name])
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        key = rng.choice([*record, "new"])
+        old = record.get(key)
+        if rng.random() < 0.1:
+            record.pop(key, None)
+        elif rng.random() < 0.3:
+            record[key] = rng.choice([0, -1, 0.5, NAN, "", "x", b"", True, [], [1], [0.5], ["a"]])
+        elif isinstance(old, str):
+            record[key] = rng.choice(["", FORGED, old[::-1], old.upper(), "x" * 1000])
+        elif isinstance(old, float):
+            record[key] = rng.choice([0.0, -old, old * 1.01, NAN, INF, 1e300, 5e-324])
+        else:
+            record[key] = rng.choice([0, -1, 1, 2, 3, 2**31, 2**62, -(2**62)])
+    return RecordDict({**dict(content), name: ConfigRecord(record)})
+
+
+def test_no_mutation_of_a_request_gets_a_release_that_is_not_charged(met, asked):
+    """300 seeded mutations. Each is refused with a word, or repeats what was sent, or is another round, charged as such."""
+    rng = random.Random(20)
+    sent: dict[str, bytes] = {}
+    refused = 0
+    for _ in range(300):
+        content = _mutated(asked[2], rng)
+        charges, gradients = met.charges(), len(met.gradients)
+        reply = met.runtime.train(content)
+        assert set(reply["reply"]) == set(messages.REPLY_FIELDS)
+        assert status(reply) in CODES
+        if met.charges() > charges:
+            terms = from_wire(dict(content["terms"]))
+            assert met.charges() == charges + 1
+            assert len(met.gradients) - gradients == terms.steps
+            sent[terms.key] = frozen(reply)
+            continue
+        assert len(met.gradients) == gradients
+        if "update" in reply:
+            assert sent[from_wire(dict(content["terms"])).key] == frozen(reply)
+        else:
+            refused += 1
+    assert refused > 200
+
+
+def test_a_round_answered_before_is_not_answered_with_changes(met, asked):
+    reply = met.runtime.train(asked[2])
+    assert status(reply) == "ok"
+    assert_refused(met, with_record(asked[2], "terms", noise_multiplier=1.3), "round-changed")
+    assert_refused(met, with_record(asked[2], "terms", learning_rate=0.5), "round-changed")
+
+
+def test_a_round_older_than_one_answered_is_refused(met, asked):
+    assert_refused(met, with_record(asked[2], "terms", noise_multiplier=0.0))  # leaves the model of round 2 with the client
+    assert status(met.runtime.train(asked[3])) == "ok"
+    assert_refused(met, asked[2], "older-round")
+
+
+def test_a_client_refuses_past_its_own_limit_whatever_the_terms_say(conf, asked, tmp_path):
+    client = own_client(conf, WHO, tmp_path, max_epsilon=1.6)
+    assert status(client.runtime.train(asked[1])) == "ok"
+    assert_refused(client, asked[2], "budget-exhausted")
+    assert_refused(client, with_record(asked[2], "terms", steps=1, run="f" * 32), "budget-exhausted")
+
+
+@pytest.mark.parametrize(
+    ("policy", "code"),
+    [
+        ({"min_noise_multiplier": 1.3}, "noise-multiplier-below-policy"),
+        ({"max_sample_rate": 0.1}, "sample-rate-above-policy"),
+        ({"max_steps_per_round": 1}, "steps-above-policy"),
+        ({"delta": 1e-5}, "delta-above-policy"),
+        ({"allow_provenance": ("random",)}, "provenance-not-allowed"),
+    ],
+)
+def test_each_limit_of_the_operator_stops_the_clients_round(conf, asked, tmp_path, policy, code):
+    assert_refused(own_client(conf, WHO, tmp_path, **policy), asked[1], code)
+
+
+# --- replays --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_request_gets_the_same_bytes_uncharged(met, asked):
+    first = frozen(met.runtime.train(asked[2]))
+    spent, gradients = met.charges(), len(met.gradients)
+    assert frozen(met.runtime.train(asked[2])) == first
+    assert (met.charges(), len(met.gradients)) == (spent, gradients)
+
+
+def test_a_restarted_client_gives_the_stored_bytes(conf, asked, tmp_path):
+    first = own_client(conf, WHO, tmp_path)
+    reply = frozen(first.runtime.train(asked[1]))
+    first.ledger.close()
+    again = own_client(conf, WHO, tmp_path)
+    assert frozen(again.runtime.train(asked[1])) == reply
+    assert again.gradients == []
+    assert again.charges() == 1
+
+
+class Overtaken(OsSecrets):
+    """While one process draws its noise, another answers the same request."""
+
+    def __init__(self, other: ClientRuntime, content: RecordDict) -> None:
+        super().__init__()
+        object.__setattr__(self, "overtaking", (other, content))
+        object.__setattr__(self, "seen", [])
+
+    def noise(self, terms: RoundTerms, step: int) -> NoiseSource:
+        other, content = self.overtaking
+        if step == 0:
+            self.seen.append(other.train(content))
+        return super().noise(terms, step)
+
+
+def test_two_processes_that_compute_one_request_release_one_reply(conf, asked, tmp_path):
+    second = own_client(conf, WHO, tmp_path)
+    secrets = Overtaken(second.runtime, asked[1])
+    first = own_client(conf, WHO, tmp_path, secrets=secrets)
+    reply = first.runtime.train(asked[1])
+    assert status(reply) == status(secrets.seen[0]) == "ok"
+    assert frozen(reply) == frozen(secrets.seen[0])
+    assert first.charges() == 1
+
+
+def test_answers_under_operating_system_entropy_never_repeat(conf, asked, tmp_path):
+    """The same request, data and batches in two clients that do not know of each other: the noise is not the same."""
+    values = []
+    for place in ("a", "b"):
+        np.random.seed(0)
+        random.seed(0)
+        reply = own_client(conf, WHO, tmp_path / place, secrets=SameBatches()).runtime.train(asked[1])
+        values.append(np.frombuffer(messages.payload_of(reply, "update"), dtype="<f4").astype(np.float64))
+    count = len(values[0])
+    noise = (values[0] - values[1]) / np.sqrt(2)
+    assert np.all(noise != 0)
+    terms = from_wire(dict(asked[1]["terms"]))
+    one_step = terms.noise_multiplier * terms.clip_norm / (terms.sample_rate * 337)
+    # Momentum 0.9: the first step's noise counts 1.9 times, the second's once.
+    assert np.std(noise) == pytest.approx(one_step * math.hypot(1.9, 1.0), rel=5 / math.sqrt(2 * count))
+
+
+class SameBatches(OsSecrets):
+    """Repeatable coins, noise of the operating system."""
+
+    def uniforms(self, terms: RoundTerms, step: int) -> Uniforms:
+        return SeededUniforms(0, terms.round, step)
+
+
+# --- failures -------------------------------------------------------------------------------------------------------------
+
+
+class Broken(SeededSecrets):
+    """Fails in the middle of the private work, with the data in its text."""
+
+    def noise(self, terms: RoundTerms, step: int) -> SeededNoise:
+        raise RuntimeError("row 17 is patient Miller")
+
+
+def test_a_failing_client_leaks_no_text(conf, asked, tmp_path):
+    client = own_client(conf, WHO, tmp_path, secrets=Broken(0))
+    reply = client.runtime.train(asked[1])
+    assert dict(reply["reply"]) == {**dict(reply["reply"]), "status": "internal-error"}
+    assert set(reply) == {"reply"}
+    assert set(reply["reply"]) == set(messages.REPLY_FIELDS)
+    assert b"Miller" not in reply["reply"].deflate()
+    assert client.charges() == 1
+
+
+def test_a_ledger_that_cannot_be_trusted_stops_the_client(met, asked, tmp_path):
+    (tmp_path / "client.sqlite").rename(tmp_path / "elsewhere.sqlite")
+    gradients = len(met.gradients)
+    reply = met.runtime.train(asked[2])
+    assert status(reply) == "ledger-failed"
+    assert set(reply) == {"reply"}
+    assert len(met.gradients) == gradients
+
+
+def test_weights_that_overflow_after_the_charge_are_a_failure_and_no_refusal(met, asked):
+    """A refusal tells the server that nothing was charged."""
+    reply = met.runtime.train(with_record(asked[2], "terms", learning_rate=1e38))
+    assert status(reply) == "internal-error"
+    assert set(reply) == {"reply"}
+    assert met.charges() == 2
+
+
+def test_a_client_that_lost_its_model_asks_for_it(conf, asked, tmp_path):
+    client = own_client(conf, WHO, tmp_path)
+    assert_refused(client, asked[2], "need-resync")
+
+
+def test_an_unreadable_folder_of_models_is_a_typed_failure(met, asked, tmp_path):
+    for path in Path(tmp_path / "models").iterdir():
+        path.write_bytes(b"damaged")
+    met.runtime._setup.store._memory.clear()
+    assert_refused(met, asked[2], "need-resync")
