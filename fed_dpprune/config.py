@@ -155,6 +155,7 @@ class Sparsity(Section):
 
     granularity: Literal["element", "row", "channel", "layer"] = "element"
     shared: bool = True
+    groups: Annotated[int, Field(ge=0)] = 0
     clip_scaling: Literal["none", "sqrt"] = "none"
     lr_scaling: Float = 0.0
     rescale: Literal["none", "d-over-k"] = "none"
@@ -348,6 +349,8 @@ def _cross_checks(config: Config) -> None:
             'by magnitude, "run" would freeze what pre-pruning holds',
             'use sparsity.prune.method = "magnitude" with sparsity.prune.inactive = "hold"',
         )
+    if sparsity.groups and sparsity.shared:
+        raise ConfigError("sparsity.groups", "one support for all clients makes no groups", "set sparsity.shared = false")
     _check_public(config)
     if config.wire.error_feedback and config.wire.downlink == "float32":
         raise ConfigError("wire.error-feedback", "a float32 downlink leaves no error to feed back", "set wire.downlink")

@@ -32,6 +32,7 @@ COMMENTS: dict[str, str] = {
     "federation.ray-address": "an existing Ray cluster; empty: this machine",
     "sparsity.granularity": "element | row | channel | layer",
     "sparsity.shared": "one support for all clients of a round",
+    "sparsity.groups": "without a shared one: this many supports, dealt out by partition id (0: every client its own)",
     "sparsity.clip-scaling": "sqrt: clip norm times sqrt(live fraction)",
     "sparsity.lr-scaling": "client rate times (live fraction) to this power; try -0.5",
     "sparsity.rescale": "d-over-k: noised mean times d/k",

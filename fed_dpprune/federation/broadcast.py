@@ -3,7 +3,8 @@
 A client is sent the start of the run once (`start`: what it cannot make itself), later only what changed since the round
 it last saw: the values on the changed coordinates (`sync`), or the missed rounds' quantised releases one after the other
 (`replay`), whichever is smaller; and the whole pruned model when it is new (`join`) or has lost its state (`resync`).
-Which coordinates changed is recomputed by the client wherever it can be; else their positions travel, packed.
+Which coordinates changed is recomputed by the client wherever it can be (from who answered, a bit for each client, where
+supports are not shared); else their positions travel, packed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fed_dpprune.errors import WireError
 from fed_dpprune.federation import start
 from fed_dpprune.federation.model_store import model_digest
 from fed_dpprune.federation.start import Vector
-from fed_dpprune.federation.supports import changes_follow
+from fed_dpprune.federation.supports import changes_follow, follows_from_clients, pack_clients
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.support import Support, union
 
@@ -40,10 +41,12 @@ class Parcel:
     Attributes:
         kind: One of KINDS.
         base: Digest of the model that it builds on; empty where it builds on none.
-        payload: The bytes: the shipped support where there is one, positions of what changed where they travel, values.
+        payload: The bytes: the shipped support where there is one, who answered, positions of what changed where they travel,
+            values.
         odds: Inclusion odds of the missed rounds, one after the other.
         shipped: (coordinates, bytes) of the shipped support.
         changed: (coordinates, bytes) of the packed positions of what changed.
+        answered: (missed rounds, bytes) of who answered in them; each round's part is of the same length.
     """
 
     kind: str
@@ -52,15 +55,17 @@ class Parcel:
     odds: tuple[int, ...] = ()
     shipped: tuple[int, int] = (0, 0)
     changed: tuple[int, int] = (0, 0)
+    answered: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
 class Change:
-    """What one aggregated round moved: the coordinates, the odds they were drawn by, and the quantised release."""
+    """What one aggregated round moved: the coordinates, the odds they were drawn by, the quantised release, who answered."""
 
     support: Support
     odds: tuple[int, ...]
     blob: bytes
+    clients: tuple[int, ...] = ()
 
 
 @dataclass
@@ -98,13 +103,14 @@ class Broadcast:
         """Digest of the newest model."""
         return self.digests[-1]
 
-    def advance(self, wanted: Vector, support: Support, odds: tuple[int, ...] = ()) -> None:
+    def advance(self, wanted: Vector, support: Support, odds: tuple[int, ...] = (), clients: tuple[int, ...] = ()) -> None:
         """A round was aggregated. With a lossy downlink the server adopts what its clients will decode, nothing else.
 
         Args:
             wanted: The model that the optimiser arrived at, shape (d,).
             support: The coordinates that it moved.
             odds: The inclusion odds that they were drawn by, if any.
+            clients: Whose updates were aggregated; needed where supports are not shared.
         """
         blob = b""
         if self._release is None:
@@ -117,7 +123,7 @@ class Broadcast:
         self.version += 1
         self.model = model
         self.digests.append(model_digest(model))
-        self.changes[self.version] = Change(support, odds, blob)
+        self.changes[self.version] = Change(support, odds, blob, clients)
         oldest = min(self.held.values(), default=self.version)
         for version in [v for v in self.changes if v <= oldest]:
             del self.changes[version]
@@ -133,14 +139,22 @@ class Broadcast:
         base = self.held.get(client)
         if base is not None and not resync:
             kind, body, positions = self._update(base)
-            odds = tuple(o for v in self._missed(base) for o in self.changes[v].odds) if kind != "join" else ()
-            return Parcel(kind, self.digests[base], mask + body, odds, size, positions)
+            odds = tuple(o for v in self._missed(base) for o in self.changes[v].odds)
+            told = self._told(base) if follows_from_clients(self.config.sparsity, len(self._missed(base))) else b""
+            answered = (len(self._missed(base)) if told else 0, len(told))
+            return Parcel(kind, self.digests[base], mask + told + body, odds, size, positions, answered)
         if self.version == 0 and not resync:
             return Parcel("start", "", mask + self._join(values=not start.weights_are_public(self.config)), (), size)
         return Parcel("resync" if resync else "join", "", mask + self._join(values=True), (), size)
 
     def _missed(self, base: int) -> range:
         return range(base + 1, self.version + 1)
+
+    def _told(self, base: int) -> bytes:
+        """Who answered in each missed round, every round's bits in the same number of bytes."""
+        parts = [pack_clients(self.changes[v].clients) for v in self._missed(base)]
+        width = max((len(part) for part in parts), default=0)
+        return b"".join(part.ljust(width, b"\0") for part in parts)
 
     def _update(self, base: int) -> tuple[str, bytes, tuple[int, int]]:
         """(kind, bytes, packed positions) from version `base` to the newest: the smaller of values and releases."""
@@ -181,6 +195,7 @@ class Broadcast:
             "digests": self.digests,
             "held": {str(client): version for client, version in self.held.items()},
             "odds": {str(version): list(change.odds) for version, change in self.changes.items()},
+            "clients": {str(version): list(change.clients) for version, change in self.changes.items()},
         }
         return head, arrays
 
@@ -193,7 +208,10 @@ class Broadcast:
             self._release.residual = arrays["residual"].copy()
         self.changes = {
             int(version): Change(
-                Support(arrays[f"changed-{version}"], self.layout.d), tuple(odds), arrays[f"release-{version}"].tobytes()
+                Support(arrays[f"changed-{version}"], self.layout.d),
+                tuple(odds),
+                arrays[f"release-{version}"].tobytes(),
+                tuple(head["clients"][version]),
             )
             for version, odds in head["odds"].items()
         }

@@ -27,7 +27,14 @@ from fed_dpprune.federation.local_train import Share, train
 from fed_dpprune.federation.messages import Reply
 from fed_dpprune.federation.model_store import ModelStore, model_digest
 from fed_dpprune.federation.start import Start, Vector
-from fed_dpprune.federation.supports import Supports, best_claim, changes_follow, shipped_part
+from fed_dpprune.federation.supports import (
+    Supports,
+    best_claim,
+    changes_follow,
+    follows_from_clients,
+    shipped_part,
+    unpack_clients,
+)
 from fed_dpprune.federation.terms import RoundTerms, config_digest, from_wire
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.plan import sample_rate
@@ -226,22 +233,32 @@ class ClientRuntime:
             count, size = parcel.changed
             changed = inside(begin.survivors, unpack_positions(payload[:size], begin.survivors.k, count))
             return Start(broadcast.receive_sync(begin.model, changed, payload[size:]), begin.survivors)
-        missed = self._missed(rounds, terms, parcel.odds, begin, bench.layout)
+        told, payload = payload[: parcel.answered[1]], payload[parcel.answered[1] :]
+        missed = self._missed(rounds, terms, parcel, told, begin, bench.layout)
         if parcel.kind == "replay":
             return Start(broadcast.receive_replay(self._setup.config, begin.model, missed, payload), begin.survivors)
         nothing = Support(np.zeros(0, dtype=np.int64), bench.layout.d)
         return Start(broadcast.receive_sync(begin.model, union(missed) if missed else nothing, payload), begin.survivors)
 
-    def _missed(self, rounds: range, terms: RoundTerms, odds: tuple[int, ...], begin: Start, layout: Layout) -> list[Support]:
-        """The supports of the rounds that this client missed, drawn from public terms."""
-        width = len(layout.tensors) if terms.odds else 0
+    def _missed(
+        self, rounds: range, terms: RoundTerms, parcel: Parcel, told: bytes, begin: Start, layout: Layout
+    ) -> list[Support]:
+        """What each missed round moved, drawn from public terms and, where supports are not shared, from who answered."""
+        odds, width = parcel.odds, len(layout.tensors) if terms.odds else 0
         if len(odds) != width * len(rounds):
             raise WireError("request", "odds do not fit the missed rounds")
+        each = len(told) // len(rounds) if rounds else 0
+        wanted = follows_from_clients(self._setup.config.sparsity, len(rounds))
+        if bool(told) != wanted or each * len(rounds) != len(told):
+            raise WireError("request", "who answered does not fit the missed rounds")
         supports = Supports(self._setup.config, layout, begin.survivors, terms.seed)
-        return [
-            supports.of(round, terms.client, begin.model, odds=odds[place * width : (place + 1) * width]).support
-            for place, round in enumerate(rounds)
-        ]
+        found = []
+        for place, round in enumerate(rounds):
+            clients = unpack_clients(told[place * each : (place + 1) * each]) if told else (terms.client,)
+            if not clients:
+                raise WireError("request", "nobody answered a missed round")
+            found.append(supports.moved(round, clients, begin.model, odds=odds[place * width : (place + 1) * width]))
+        return found
 
     def _support(self, terms: RoundTerms, begin: Start, shipped: tuple[int, bytes], layout: Layout) -> RoundSupport:
         """The round's support, equal to the server's by digest."""

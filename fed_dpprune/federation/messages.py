@@ -20,7 +20,7 @@ from fed_dpprune.federation.broadcast import KINDS, Parcel
 TRAIN, QUERY = "train", "query"
 NPY_HEADER = 128  # the array container's own bytes: part of the message, not of the payload
 
-REQUEST_FIELDS = ("kind", "base", "odds", "shipped", "changed")
+REQUEST_FIELDS = ("kind", "base", "odds", "shipped", "changed", "answered")
 REPLY_FIELDS = ("status", "request", "round", "digest", "fingerprint")
 HELLO_FIELDS = ("status", "partition-id", "nominal-size", "ledger", "fingerprint", "config")
 SIMULATION = "simulation"  # a record that a simulated client adds and its host takes off: seconds of computing
@@ -57,6 +57,7 @@ def read_request(content: RecordDict) -> Parcel:
         tuple(_whole_numbers(values, "odds")),
         _pair(values, "shipped"),
         _pair(values, "changed"),
+        _pair(values, "answered"),
     )
 
 
@@ -117,7 +118,8 @@ def train_request(terms: dict[str, Any], parcel: Parcel) -> RecordDict:
         parcel: From the server's `Broadcast`; no array travels when its payload is empty.
     """
     request: dict[str, Any] = {"kind": parcel.kind, "base": parcel.base}
-    for name, value in (("odds", parcel.odds), ("shipped", parcel.shipped), ("changed", parcel.changed)):
+    pairs = {"shipped": parcel.shipped, "changed": parcel.changed, "answered": parcel.answered}
+    for name, value in {"odds": parcel.odds, **pairs}.items():
         if any(value):
             request[name] = list(value)
     records: dict[str, Any] = {"terms": ConfigRecord(terms), "request": ConfigRecord(request)}

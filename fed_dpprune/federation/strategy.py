@@ -24,7 +24,7 @@ from fed_dpprune.comm.link import parse_link, round_time
 from fed_dpprune.comm.meter import Meter
 from fed_dpprune.comm.meter import Parcel as Metered
 from fed_dpprune.comm.validate import UpdateBound, check_update
-from fed_dpprune.errors import RunStopped, WireError
+from fed_dpprune.errors import FedDPPruneError, RunStopped, WireError
 from fed_dpprune.federation import aggregate, messages
 from fed_dpprune.federation.broadcast import METERED, Broadcast
 from fed_dpprune.federation.fingerprint import fingerprint
@@ -45,7 +45,7 @@ from fed_dpprune.sparsity.support import Support, union
 _log = logging.getLogger(__name__)
 
 NEAR_POLL_S, FAR_POLL_S = 0.005, 0.2
-MEET_S = 120.0
+MEET_S, HELLO_S, REJOIN_S = 120.0, 30.0, 3.0
 FAILURES = ("internal-error", "ledger-failed")  # may have come after the charge; every other refusal comes before it
 
 
@@ -161,6 +161,7 @@ class Server:
         self.provenances: set[str] = set()
         self.done = 0
         self.nodes: dict[int, int] = {}
+        self._met: set[int] = set()
         self.plan: Plan
         self.book: EpsilonBook
 
@@ -198,6 +199,7 @@ class Server:
         """Learn which node is which partition and its nominal size; make the plan."""
         wanted = self._wanted_clients()
         ids = self._wait_for_nodes(wanted)
+        self._met.update(ids)
         hello = RecordDict({"hello": ConfigRecord({"config": config_digest(self.config)})})
         asked = [new_message(self._grid, hello, messages.QUERY, node, "0") for node in ids]
         sizes: dict[int, int] = {}
@@ -261,11 +263,12 @@ class Server:
         odds = self.world.odds(model, number) if self.world.odds else ()
         shipped = self._supports.ship(number, model, self.world.scores(model)) if self.world.scores else None
 
-        def draw(client: int) -> RoundSupport:
-            return self._supports.of(number, client, model, odds=odds, shipped=shipped)
-
-        shared = draw(cohort[0])
-        live = {c: shared if self.config.sparsity.shared else draw(c) for c in cohort}
+        drawn: dict[int, RoundSupport] = {}  # one object for all clients that share a support
+        for client in cohort:
+            group = 0 if self.config.sparsity.shared else self._supports.group(client)
+            if group not in drawn:
+                drawn[group] = self._supports.of(number, client, model, odds=odds, shipped=shipped)
+        live = {c: drawn[0 if self.config.sparsity.shared else self._supports.group(c)] for c in cohort}
         self.provenances.update(item.support.provenance for item in live.values())
         terms = {c: self._terms(number, c, live[c], odds) for c in cohort}
         return Order(number, live, terms, self.broadcast.version, odds, shipped)
@@ -313,6 +316,7 @@ class Server:
 
     def _exchange(self, order: Order) -> dict[int, Answer]:
         """Ask every client of the cohort and judge what comes back; who says nothing in time is "silent"."""
+        self._returned()
         answers = self._ask(order, sorted(order.terms))
         again = [client for client, answer in sorted(answers.items()) if answer.reason == "need-resync"]
         if again:  # they do not hold what the server thought: the whole model, once
@@ -323,27 +327,79 @@ class Server:
 
     def _ask(self, order: Order, clients: list[int], *, resync: bool = False) -> dict[int, Answer]:
         """The first reply of each client, judged. What comes beside it counts for nobody and is named in the record."""
-        batch = [
-            new_message(self._grid, self._request(order, c, resync=resync), messages.TRAIN, self.nodes[c], str(order.round))
-            for c in clients
-        ]
-        asked = dict(zip(self._grid.push_messages(batch), clients, strict=True))
         answers: dict[int, Answer] = {}
-        for reply in self._pull(list(asked), self.config.federation.reply_timeout):
-            client, node = asked.get(reply.metadata.reply_to_message_id), reply.metadata.src_node_id
-            if client is None or node != self.nodes[client]:
+        asked: dict[str, tuple[int, int]] = {}
+
+        def send(to: list[int]) -> list[str]:
+            batch = [
+                new_message(self._grid, self._request(order, c, resync=resync), messages.TRAIN, self.nodes[c], str(order.round))
+                for c in to
+            ]
+            ids = list(self._grid.push_messages(batch))
+            asked.update({message_id: (c, self.nodes[c]) for message_id, c in zip(ids, to, strict=True)})
+            return ids
+
+        def send_again() -> list[str]:
+            return send([c for c in self._returned() if c in clients and c not in answers])
+
+        for reply in self._pull(send(clients), self.config.federation.reply_timeout, send_again):
+            node = reply.metadata.src_node_id
+            client, addressee = asked.get(reply.metadata.reply_to_message_id, (None, None))
+            if client is None or node != addressee:
                 order.strays.append(f"node {node}: rejected (unknown-sender)")
             elif client in answers:
                 order.strays.append(f"client {client}: rejected (duplicate)")
             else:
                 answers[client] = self._judge(order, client, reply)
+            if len(asked) > len(clients) == len(answers):
+                break  # what was sent to a node that is gone will not be answered
         return answers
 
-    def _pull(self, ids: list[str], timeout: float) -> Any:
-        """Replies as they come, until all are there or time is up."""
+    def _returned(self) -> list[int]:
+        """Partitions whose node came back under another id: a SuperNode without a key of its own gets one at each start."""
+        if not self._is_far():
+            return []
+        fresh = [node for node in self._grid.get_node_ids() if node not in self._met]
+        self._met.update(fresh)
+        hello = RecordDict({"hello": ConfigRecord({"config": config_digest(self.config)})})
+        asked = [new_message(self._grid, hello, messages.QUERY, node, "0") for node in fresh]
+        back = []
+        for reply in self._pull(list(self._grid.push_messages(asked)) if asked else [], HELLO_S):
+            partition = self._same_client(reply)
+            if partition is not None:
+                self.nodes[partition] = reply.metadata.src_node_id
+                back.append(partition)
+        return sorted(back)
+
+    def _same_client(self, reply: Any) -> int | None:
+        """The partition that a new node says it is, if all it declares is what that client declared at the start."""
+        try:
+            head = messages.config_of(reply.content, "hello")
+            self._check_hello(head, {})
+        except (FedDPPruneError, ValueError, KeyError) as error:
+            _log.warning("a node that came later is left out: %s", error)
+            return None
+        partition: int = head["partition-id"]
+        known = partition in self.nodes and self.plan.nominal_sizes[partition] == head["nominal-size"]
+        return partition if known and head["status"] == "ok" else None
+
+    def _pull(self, ids: list[str], timeout: float, more: Callable[[], list[str]] | None = None) -> Any:
+        """Replies as they come, until all are there or time is up.
+
+        Args:
+            ids: Messages to wait for.
+            timeout: Seconds.
+            more: Asked now and then while nothing comes, over a network: further messages to wait for.
+        """
         waiting, end = set(ids), time.monotonic() + timeout
         order = {message_id: place for place, message_id in enumerate(ids)}
+        asked_at = time.monotonic()
         while waiting:
+            if more is not None and self._is_far() and time.monotonic() - asked_at > REJOIN_S:
+                for message_id in more():
+                    waiting.add(message_id)
+                    order[message_id] = len(order)
+                asked_at = time.monotonic()
             replies = list(self._grid.pull_messages(sorted(waiting, key=order.__getitem__)))
             for reply in replies:
                 waiting.discard(reply.metadata.reply_to_message_id)
@@ -355,10 +411,14 @@ class Server:
                     return
                 self._pause(self._poll_s())
 
+    def _is_far(self) -> bool:
+        """Whether clients are on other machines, where nodes may go and come back."""
+        name = type(self._grid.inner if isinstance(self._grid, HostGrid) else self._grid).__name__
+        return name not in (InlineGrid.__name__, "InMemoryGrid")
+
     def _poll_s(self) -> float:
         """Between two looks for replies: short in one process, patient over a network."""
-        name = type(self._grid.inner if isinstance(self._grid, HostGrid) else self._grid).__name__
-        return NEAR_POLL_S if name in (InlineGrid.__name__, "InMemoryGrid") else FAR_POLL_S
+        return FAR_POLL_S if self._is_far() else NEAR_POLL_S
 
     def _pause(self, seconds: float) -> None:
         if self._stop.wait(seconds):
@@ -434,7 +494,7 @@ class Server:
         else:
             support, mean = aggregate.mean_by_coordinate([order.live[c].support for c in accepted], values, self.layout.d)
         wanted = self.optimizer.step(self.broadcast.model, support, mean, order.round)
-        self.broadcast.advance(wanted, support, order.odds)
+        self.broadcast.advance(wanted, support, order.odds, () if self.config.sparsity.shared else tuple(accepted))
 
     # ------------------------------------------------------------------ 5. the record
 

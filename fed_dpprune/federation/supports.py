@@ -6,6 +6,7 @@ Scores of public data are known to the server alone: the support they choose is 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from fed_dpprune import config as cfg
 from fed_dpprune.federation.start import Vector
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.recipe import RoundSupport, fixed, round_support
-from fed_dpprune.sparsity.support import Support, weakest
+from fed_dpprune.sparsity.support import Support, union, weakest
 
 NOT_SHIPPED, OUTER, WHOLE = "", "outer", "whole"
 
@@ -40,11 +41,28 @@ def best_claim(config: cfg.Config) -> str:
 def changes_follow(sparsity: cfg.Sparsity, missed: int) -> bool:
     """Whether a client that missed `missed` rounds can tell by itself which coordinates they moved.
 
-    Supports per client cannot be told without knowing who answered; those by magnitude follow from the weights of their
-    own round, which a client that missed two rounds lacks for the second.
+    Those by magnitude follow from the weights of their own round, which a client that missed two rounds lacks for the
+    second. Supports per client follow once it is told who answered: a bit for each client and missed round.
     """
     by_weights = "magnitude" in (sparsity.freeze.method, sparsity.drop.method)
-    return sparsity.shared and not shipped_part(sparsity) and (missed <= 1 or not by_weights)
+    return not shipped_part(sparsity) and (missed <= 1 or not by_weights)
+
+
+def follows_from_clients(sparsity: cfg.Sparsity, missed: int) -> bool:
+    """Whether it is who answered that tells which coordinates moved."""
+    return missed > 0 and not sparsity.shared and changes_follow(sparsity, missed)
+
+
+def pack_clients(clients: Sequence[int]) -> bytes:
+    """Who answered a round, as bits in little order; partition ids of 0 and up."""
+    mask = np.zeros(max(clients, default=-1) + 1, dtype=np.uint8)
+    mask[list(clients)] = 1
+    return np.packbits(mask, bitorder="little").tobytes()
+
+
+def unpack_clients(blob: bytes) -> tuple[int, ...]:
+    """The partition ids, ascending."""
+    return tuple(int(c) for c in np.flatnonzero(np.unpackbits(np.frombuffer(blob, dtype=np.uint8), bitorder="little")))
 
 
 @dataclass(frozen=True)
@@ -96,10 +114,20 @@ class Supports:
             round,
             fed.rounds,
             local_steps=fed.local_steps,
-            client=client,
+            client=self.group(client),
             weights=weights,
             odds=np.asarray(odds, dtype=np.int64) if odds else None,
         )
+
+    def group(self, client: int) -> int:
+        """Whose support a client has: its own number's, or with `sparsity.groups` that of all ids equal modulo the groups."""
+        groups = self.config.sparsity.groups
+        return client % groups if groups else client
+
+    def moved(self, round: int, clients: Collection[int], weights: Vector, *, odds: tuple[int, ...] = ()) -> Support:
+        """What the updates of these clients may move together, where supports are not shared and none is shipped."""
+        drawn = [self.of(round, c, weights, odds=odds).support for c in sorted({self.group(c) for c in clients})]
+        return drawn[0] if len(drawn) == 1 else union(drawn)
 
     def ship(self, round: int, weights: Vector, scores: np.ndarray) -> Support:
         """The server's side: what must be sent of a round's support, chosen by scores of public data, shape (d,)."""
