@@ -19,6 +19,7 @@ from fed_dpprune.errors import BadInput, FedDPPruneError
 
 if TYPE_CHECKING:
     from fed_dpprune.federation.facts import Gathered
+    from fed_dpprune.federation.pretrain import Epoch
     from fed_dpprune.federation.run import Outcome
     from fed_dpprune.plan import Plan
 
@@ -85,6 +86,16 @@ def build_parser() -> Parser:
     _config_arguments(sub)
     sub.add_argument("--ledger", type=Path, metavar="FILE", help="say how many rounds this ledger leaves at this setting")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command(
+        "pretrain",
+        pretrain,
+        "train on public data, without privacy, and write weights to start from",
+        "fed-dpprune pretrain my.toml && fed-dpprune run my.toml",
+    )
+    _config_arguments(sub)
+    sub.add_argument("--out", type=Path, metavar="FILE", help="a .safetensors file (default: the config's model.weights)")
+    sub.add_argument("--force", action="store_true", help="overwrite it")
 
     sub = command("init", init, "write a commented config to start from", "fed-dpprune init my.toml")
     sub.add_argument("file", type=Path, nargs="?", metavar="FILE", help="where to write it (default: the screen)")
@@ -223,6 +234,24 @@ def _rounds_left(path: Path, config: cfg.Config, made: Plan) -> dict[str, Any]:
     fewest = min(left.values(), default=0)
     text = f"leaves at least {fewest} rounds at epsilon {limit:g} (fewest over {len(left)} clients, as a new run)"
     return {"rounds_left": left, "limit": limit, "text": text}
+
+
+def pretrain(arguments: argparse.Namespace) -> int:
+    """`fed-dpprune pretrain`."""
+    config = _load(arguments)
+    from fed_dpprune.federation import pretrain as pretraining
+
+    out = pretraining.destination(config, arguments.config, arguments.out)
+    done = pretraining.pretrain(config, out, force=arguments.force, on_epoch=_print_epoch)
+    print(f"{done.path}: accuracy {done.accuracy:.4f} on {done.held_out:,} held-out rows of {config.data.public}")
+    if config.model.weights != str(done.path):
+        print(f"to start from it: --set model.weights={done.path}")
+    return 0
+
+
+def _print_epoch(epoch: Epoch) -> None:
+    shown = f"held-out accuracy {epoch.accuracy:.3f}  loss {epoch.loss:.3f}  {epoch.seconds:.0f} s"
+    print(f"pass {epoch.number}/{epoch.epochs}  {shown}", flush=True)
 
 
 def init(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,9 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-PUBLIC_PURPOSES = ("partition", "init", "support", "client-support", "cohort", "synthetic", "test-split", "control", "codec")
+PUBLIC_PURPOSES = (
+    "partition", "init", "support", "client-support", "cohort", "synthetic", "test-split", "control", "codec", "pretrain",
+)  # fmt: skip
 SECRET_PURPOSES = ("batches", "noise")
 
 
