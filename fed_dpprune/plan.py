@@ -21,7 +21,7 @@ from fed_dpprune.privacy import calibration
 from fed_dpprune.privacy.accountants import table as accountants
 from fed_dpprune.privacy.history import Entry
 from fed_dpprune.sparsity.prune import survivors_count
-from fed_dpprune.sparsity.recipe import round_support
+from fed_dpprune.sparsity.recipe import group, round_support
 from fed_dpprune.sparsity.schedule import live_by_round
 from fed_dpprune.sparsity.support import Support, draw_positions, union
 
@@ -261,25 +261,36 @@ def _draws_known(config: cfg.Config) -> bool:
     """Whether every round's support follows from public streams alone."""
     sparsity = config.sparsity
     methods = {sparsity.freeze.method, sparsity.drop.method} - {"none", "random"}
-    return not methods and sparsity.shared and (sparsity.freeze.odds == "uniform" or sparsity.freeze.method == "none")
+    return not methods and (sparsity.freeze.odds == "uniform" or sparsity.freeze.method == "none")
 
 
 def _positions_travel(config: cfg.Config, missed: int) -> bool:
     """Whether a client must be sent which coordinates changed (the rule of `federation.supports.changes_follow`)."""
     sparsity = config.sparsity
     methods = (sparsity.freeze.method, sparsity.drop.method)
-    return not sparsity.shared or "public" in methods or ("magnitude" in methods and missed > 1)
+    return "public" in methods or ("magnitude" in methods and missed > 1)
 
 
 class _LiveCounts:
-    """Live counts of rounds and of unions of rounds, drawn when they must be and may be."""
+    """Live counts of rounds and of unions of rounds, drawn when they must be and may be.
 
-    def __init__(self, config: cfg.Config, layout: Layout, survivors: int) -> None:
+    Args:
+        config: The config.
+        layout: Coordinate order.
+        survivors: How many survive pre-pruning.
+        cohorts: Who is asked in each round: where supports are not shared, a round moves the union of theirs.
+
+    Attributes:
+        by_round: Coordinates of one client's update.
+        exact: Whether these are exact.
+    """
+
+    def __init__(self, config: cfg.Config, layout: Layout, survivors: int, cohorts: Sequence[Sequence[int]]) -> None:
         self._config, self._layout, self._survivors = config, layout, survivors
         fed, sparsity = config.federation, config.sparsity
-        self.drawable = (
-            _draws_known(config) and sparsity.granularity == "element" and survivors * fed.rounds * fed.local_steps <= MOST_DRAWS
-        )
+        self._groups = [tuple(sorted({0 if sparsity.shared else group(sparsity, c) for c in cohort})) for cohort in cohorts]
+        draws = survivors * fed.local_steps * sum(map(len, self._groups))
+        self.drawable = _draws_known(config) and sparsity.granularity == "element" and draws <= MOST_DRAWS
         # Positions inside the survivors are all that a uniform draw depends on, so any survivors of this size will do.
         self._stand_in = Support(np.arange(survivors, dtype=np.int64), layout.d)
         bound = (
@@ -289,35 +300,52 @@ class _LiveCounts:
         )
         self._moving = sparsity.freeze.method != "none" or sparsity.drop.method != "none"
         differ = sparsity.drop.method == "random" or (sparsity.freeze.method == "random" and sparsity.freeze.refresh == "step")
-        if differ and self.drawable:
+        drawn = differ and self.drawable and sparsity.shared
+        if drawn:
             bound = [self._draw(round).k for round in range(1, fed.rounds + 1)]
         self.by_round = tuple(bound)
-        self.exact = sparsity.granularity == "element" and (self.drawable or not differ)
+        self.exact = sparsity.granularity == "element" and (drawn or not differ)
 
     def _draw(self, round: int) -> Support:
-        fed = self._config.federation
-        return round_support(
-            self._config.sparsity, self._stand_in, self._layout, self._config.seed, round, fed.rounds, local_steps=fed.local_steps
-        ).support
+        """What the round moves, if every client asked answers."""
+        config, fed = self._config, self._config.federation
+        parts = [
+            round_support(
+                config.sparsity,
+                self._stand_in,
+                self._layout,
+                config.seed,
+                round,
+                fed.rounds,
+                local_steps=fed.local_steps,
+                client=client,
+            ).support
+            for client in self._groups[round - 1]
+        ]
+        return parts[0] if len(parts) == 1 else union(parts)
 
     def union(self, first: int, last: int) -> tuple[int, bool]:
-        """(size of the union of the supports of rounds first..last, whether it is exact)."""
+        """(size of the union of what rounds first..last move, whether it is exact)."""
         if first > last:
             return 0, True
-        if first == last:
-            return self.by_round[first - 1], self.exact
         if not self._moving:
             return self._survivors, True
+        if first == last and len(self._groups[first - 1]) == 1:
+            return self.by_round[first - 1], self.exact
         if self.drawable:
             return union([self._draw(round) for round in range(first, last + 1)]).k, True
-        return min(self._survivors, sum(self.by_round[first - 1 : last])), False
+        most = sum(len(self._groups[round - 1]) * self.by_round[round - 1] for round in range(first, last + 1))
+        return min(self._survivors, most), False
 
 
 class _Downlink:
     """Payload bytes of the downlink, by the rules of `federation/broadcast.py`; see there."""
 
-    def __init__(self, config: cfg.Config, layout: Layout, counts: _LiveCounts, survivors: int, cohort: int) -> None:
-        self._config, self._counts, self._survivors, self._cohort = config, counts, survivors, cohort
+    def __init__(
+        self, config: cfg.Config, layout: Layout, counts: _LiveCounts, survivors: int, cohorts: Sequence[Sequence[int]]
+    ) -> None:
+        self._config, self._counts, self._survivors = config, counts, survivors
+        self._told = [(max(cohort) + 8) // 8 for cohort in cohorts]  # a bit for each client up to the highest
         self._union = _memoised(counts.union)
         self._lossy = None if config.wire.downlink == "float32" else codec(config.wire.downlink)
         mask_sent = config.sparsity.prune.method not in ("none", "random")
@@ -342,25 +370,23 @@ class _Downlink:
     def update(self, seen: int, round: int) -> tuple[int, bool]:
         """What a client that last took part in round `seen` is sent: the smaller of values and quantised releases."""
         missed = range(seen, round)
-        if self._config.sparsity.shared:
-            size, exact = self._union(seen, round - 1)
-        else:  # every client of a missed round moved coordinates of its own
-            moved = sum(self._cohort * self._counts.by_round[r - 1] for r in missed)
-            size, exact = min(self._survivors, moved), False
+        size, exact = self._union(seen, round - 1)
         values = FLOAT32 * size
         if _positions_travel(self._config, len(missed)):
             return values + packed_size_bound(self._survivors, size), False
+        told = 0 if self._config.sparsity.shared else len(missed) * max((self._told[r - 1] for r in missed), default=0)
         if self._lossy is None:
-            return values, exact
-        replay = sum(self._lossy.size(self._counts.by_round[r - 1]) for r in missed)
-        return min(values, replay), exact and self._counts.exact
+            return told + values, exact
+        moved = [self._union(r, r) for r in missed]
+        replay = sum(self._lossy.size(k) for k, _ in moved)
+        return told + min(values, replay), exact and all(known for _, known in moved)
 
 
 def _traffic(
     config: cfg.Config, layout: Layout, counts: _LiveCounts, cohorts: Sequence[Sequence[int]], survivors: int
 ) -> tuple[Traffic, Traffic]:
     """Payload bytes up and down."""
-    way, up_codec = _Downlink(config, layout, counts, survivors, len(cohorts[0])), codec(config.wire.uplink)
+    way, up_codec = _Downlink(config, layout, counts, survivors, cohorts), codec(config.wire.uplink)
     up: list[int] = []
     down: list[int] = []
     seen: dict[int, int] = {}
@@ -410,7 +436,7 @@ def make_plan(config: cfg.Config, facts: Facts, *, cohorts_known: bool = True) -
     noise = _noise(config, rates, table[-1])
     book = EpsilonBook(noise, config.privacy.delta, config.privacy.accountant)
     survivors = survivors_count(config.sparsity.prune, facts.layout, config.sparsity.granularity)
-    counts = _LiveCounts(config, facts.layout, survivors)
+    counts = _LiveCounts(config, facts.layout, survivors, cohorts)
     uplink, downlink = _traffic(config, facts.layout, counts, cohorts, survivors)
     return Plan(
         noise_multiplier=noise,

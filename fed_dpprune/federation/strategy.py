@@ -39,7 +39,7 @@ from fed_dpprune.models.flat import Layout
 from fed_dpprune.plan import FLOAT32, EpsilonBook, Plan
 from fed_dpprune.privacy.policy import REFUSAL_CODES, ClientPolicy
 from fed_dpprune.records import ClientCounts, ClientRecord, RoundRecord
-from fed_dpprune.sparsity.recipe import RoundSupport
+from fed_dpprune.sparsity.recipe import RoundSupport, group
 from fed_dpprune.sparsity.support import Support, union
 
 _log = logging.getLogger(__name__)
@@ -263,12 +263,10 @@ class Server:
         odds = self.world.odds(model, number) if self.world.odds else ()
         shipped = self._supports.ship(number, model, self.world.scores(model)) if self.world.scores else None
 
-        drawn: dict[int, RoundSupport] = {}  # one object for all clients that share a support
-        for client in cohort:
-            group = 0 if self.config.sparsity.shared else self._supports.group(client)
-            if group not in drawn:
-                drawn[group] = self._supports.of(number, client, model, odds=odds, shipped=shipped)
-        live = {c: drawn[0 if self.config.sparsity.shared else self._supports.group(c)] for c in cohort}
+        sparsity = self.config.sparsity
+        groups = {c: 0 if sparsity.shared else group(sparsity, c) for c in cohort}
+        drawn = {g: self._supports.of(number, c, model, odds=odds, shipped=shipped) for c, g in groups.items()}
+        live = {c: drawn[g] for c, g in groups.items()}  # one object for all clients that share a support
         self.provenances.update(item.support.provenance for item in live.values())
         terms = {c: self._terms(number, c, live[c], odds) for c in cohort}
         return Order(number, live, terms, self.broadcast.version, odds, shipped)

@@ -14,7 +14,7 @@ import numpy as np
 from fed_dpprune import config as cfg
 from fed_dpprune.federation.start import Vector
 from fed_dpprune.models.flat import Layout
-from fed_dpprune.sparsity.recipe import RoundSupport, fixed, round_support
+from fed_dpprune.sparsity.recipe import RoundSupport, fixed, group, round_support
 from fed_dpprune.sparsity.support import Support, union, weakest
 
 NOT_SHIPPED, OUTER, WHOLE = "", "outer", "whole"
@@ -114,19 +114,14 @@ class Supports:
             round,
             fed.rounds,
             local_steps=fed.local_steps,
-            client=self.group(client),
+            client=client,
             weights=weights,
             odds=np.asarray(odds, dtype=np.int64) if odds else None,
         )
 
-    def group(self, client: int) -> int:
-        """Whose support a client has: its own number's, or with `sparsity.groups` that of all ids equal modulo the groups."""
-        groups = self.config.sparsity.groups
-        return client % groups if groups else client
-
     def moved(self, round: int, clients: Collection[int], weights: Vector, *, odds: tuple[int, ...] = ()) -> Support:
         """What the updates of these clients may move together, where supports are not shared and none is shipped."""
-        drawn = [self.of(round, c, weights, odds=odds).support for c in sorted({self.group(c) for c in clients})]
+        drawn = [self.of(round, c, weights, odds=odds).support for c in sorted({group(self.config.sparsity, c) for c in clients})]
         return drawn[0] if len(drawn) == 1 else union(drawn)
 
     def ship(self, round: int, weights: Vector, scores: np.ndarray) -> Support:

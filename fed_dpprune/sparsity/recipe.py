@@ -52,6 +52,11 @@ def recomputable(sparsity: config.Sparsity) -> bool:
     return "public" not in (freeze.method, drop.method) and not by_start_weights
 
 
+def group(sparsity: config.Sparsity, client: int) -> int:
+    """Whose support a client has where supports are not shared: its own, or that of all ids equal modulo the groups."""
+    return client % sparsity.groups if sparsity.groups else client
+
+
 def tensor_quotas(sizes: list[int], odds: list[int], keep: int, word: int) -> list[int]:
     """How many of `keep` items each tensor gets when an item's chance of inclusion is proportional to its tensor's odds.
 
@@ -200,7 +205,8 @@ def round_support(
     if not sparsity.shared and client is None:
         raise ValueError("supports per client need the client's number")
     freeze, drop = sparsity.freeze, sparsity.drop
-    chooser = _Chooser(layout, sparsity.granularity, seed, None if sparsity.shared else client, public_scores)
+    own = None if sparsity.shared or client is None else group(sparsity, client)
+    chooser = _Chooser(layout, sparsity.granularity, seed, own, public_scores)
     rate, tensor_odds = freeze_rate(freeze, round, rounds), _check_odds(odds, sparsity, layout)
 
     @lru_cache(maxsize=1)
