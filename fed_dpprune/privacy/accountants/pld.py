@@ -19,7 +19,7 @@ GRIDS = (1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4)
 GRID_ERROR = 1e-4
 # Standard deviations between the mean of the loss and the epsilon of any delta in use (1e-12 is at 7.0).
 TAIL = 7.0
-MOST_POINTS = 5_000_000
+MOST_POINTS = 1_000_000
 GROUP_GRID = 5e-3
 
 
