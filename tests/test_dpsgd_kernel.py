@@ -211,8 +211,16 @@ def test_the_module_is_left_as_it_was():
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_a_sum_that_left_float32_on_the_way_is_taken_again_in_float64():
-    """Two finite examples whose float32 products overflow: still bounded, still finite."""
+def test_a_sum_that_came_out_broken_is_taken_again_in_float64(monkeypatch):
+    net = conv_net()
+    layout, (x, y) = layout_of(net), conv_batch(5)
+    engine = PrivateGradient(net, layout)
+    good = engine.clipped_sum(x, y, Clipping(0.1))
+    monkeypatch.setattr(engine._layers, "clipped_sum", lambda live, *rest: np.full(live[-1].stop, np.nan, np.float32))
+    np.testing.assert_allclose(engine.clipped_sum(x, y, Clipping(0.1)), good, rtol=1e-4, atol=1e-7)
+
+
+def test_huge_and_ordinary_examples_together_stay_finite_and_bounded():
     layer = nn.Linear(4, 3, bias=False)
     layout = layout_of(layer)
     x = torch.tensor([[1e30, 0, 0, 0], [1.0, 1.0, 1.0, 1.0]])

@@ -75,6 +75,7 @@ class PrivateGradient:
         self._whole = VmapEngine(module, loss, self._dtype)
         self._layers = self._layer_engine(backend, precision)
         self._checked: set[object] = set()
+        self._outputs: dict[object, Tensor] = {}
         trainable = [np.arange(s.start, s.stop, dtype=np.int64) for t, s in layout.spans() if not t.frozen]
         everything = dense(layout.d) if len(trainable) == len(layout.tensors) else None
         self._adopt(everything or Support(np.concatenate([np.zeros(0, np.int64), *trainable]), layout.d), None)
@@ -140,6 +141,21 @@ class PrivateGradient:
         if self._place is not None:
             total = total[self._place]
         return total.astype(np.float64 if self._dtype == torch.float64 else np.float32, copy=False)
+
+    @property
+    def live(self) -> tuple[LiveTensor, ...]:
+        """The live tensors of the support in use."""
+        return self._live
+
+    def proven_layers(self, x: Tensor, module: nn.Module) -> LayerEngine | None:
+        """The layer engine once it has proven itself on inputs like `x`, with labels shaped like outputs; None if it has not."""
+        if self._layers is not None:
+            signature = (x.shape[1:], x.dtype)
+            if signature not in self._outputs:
+                with torch.no_grad():
+                    self._outputs[signature] = module(x[:1]).detach()
+            self._prove(x, self._outputs[signature])
+        return self._layers
 
     @property
     def route(self) -> str:

@@ -88,32 +88,19 @@ class LayerEngine:
             if bool(usable.all()):
                 factors = clipping.factors(squared.numpy(), slack)
                 weights = torch.from_numpy(factors).to(x.device, torch.float32)
-                out = torch.empty(live[-1].stop, device=x.device)
-                for tensor, part, weight in zip(live, contributions, weights, strict=True):
-                    part.weighted_sum(weight, out[tensor.start : tensor.stop])
-                return out.cpu().numpy()
+                return weighted_sums(live, contributions, weights).cpu().numpy()
             # Absent examples leave the batch: scaled by zero, their infinities would still poison the sum.
             x, y = x[usable.to(x.device)], y[usable.to(y.device)]
         return np.zeros(live[-1].stop, dtype=np.float32)
 
     def _contributions(self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor) -> tuple[list[Contribution], Tensor]:
-        sites = self._sites(live)
-        if self.kernel is not None:
-            self.kernel.library.use_threads(torch.get_num_threads())
-        with ExitStack() as stack:
-            anchor = stack.enter_context(_no_parameter_gradients(self.module))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(_exact_products(x.device))
-            for site in sites:
-                hook = _Hook(site, anchor, len(x), self.kernel)
-                stack.callback(site.layer.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
-                stack.callback(site.layer.register_forward_hook(hook.after, with_kwargs=True).remove)
+        with torch.enable_grad(), Pass(self, live, len(x)) as tapped:
             losses = self._losses(x, y)
             if losses.shape != (len(x),):
                 raise ValueError(f"the loss gave shape {tuple(losses.shape)} for {len(x)} examples; it must give one loss each")
             if losses.requires_grad:
-                torch.autograd.grad(losses.sum(), anchor, allow_unused=True)
-        return self._gather(live, sites), losses.detach()
+                torch.autograd.grad(losses.sum(), tapped.anchor, allow_unused=True)
+        return tapped.contributions(), losses.detach()
 
     def _losses(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.autocast:
@@ -121,7 +108,8 @@ class LayerEngine:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):  # not around the backward pass: the rules work in float32
             return self.loss(self.module(x), y)
 
-    def _sites(self, live: tuple[LiveTensor, ...]) -> list[Site]:
+    def sites(self, live: tuple[LiveTensor, ...]) -> list[Site]:
+        """The layers that own live tensors."""
         sites: dict[int, Site] = {}
         for tensor in live:
             for layer, own in self._owners[tensor.name]:
@@ -129,16 +117,65 @@ class LayerEngine:
                 site.live[own] = tensor
         return list(sites.values())
 
-    def _gather(self, live: tuple[LiveTensor, ...], sites: Sequence[Site]) -> list[Contribution]:
-        parts: dict[str, list[Contribution]] = {tensor.name: [] for tensor in live}
-        for site in sites:
+    def note(self, name: str, part: Contribution) -> None:
+        """Remember whether a tensor's gradients are kept until the sum, for the choice of a micro-batch."""
+        self._held[name] = part.held > 0
+
+
+class Pass:
+    """One forward and one backward. Taps are in place inside the `with`, which holds the forward; the backward may come later.
+
+    Args:
+        engine: Whose module is about to run.
+        live: The live tensors.
+        n: Examples in the batch, at least one.
+
+    Attributes:
+        anchor: The only leaf that asks for a gradient; every live layer's output hangs on it.
+    """
+
+    def __init__(self, engine: LayerEngine, live: tuple[LiveTensor, ...], n: int) -> None:
+        self._engine, self._live, self._n = engine, live, n
+        self._sites = engine.sites(live)
+        self._stack = ExitStack()
+        if engine.kernel is not None:
+            engine.kernel.library.use_threads(torch.get_num_threads())
+
+    def __enter__(self) -> Pass:
+        self.anchor = self._stack.enter_context(_no_parameter_gradients(self._engine.module))
+        for site in self._sites:
+            hook = _Hook(site, self.anchor, self._n, self._engine.kernel)
+            self._stack.callback(site.layer.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
+            self._stack.callback(site.layer.register_forward_hook(hook.after, with_kwargs=True).remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def contributions(self) -> list[Contribution]:
+        """What the backward pass brought, one per live tensor.
+
+        Raises:
+            Unfit: A live layer did not run, or its output does not reach the loss.
+        """
+        parts: dict[str, list[Contribution]] = {tensor.name: [] for tensor in self._live}
+        for site in self._sites:
             if site.open or not site.found:
                 raise Unfit(f"{type(site.layer).__name__} was not run, or its output does not reach the loss")
             for own, part in site.found.items():
                 name = site.live[own].name
                 parts[name].append(part)
-                self._held[name] = part.held > 0
+                self._engine.note(name, part)
         return [found[0] if len(found) == 1 else Shared(found) for found in parts.values()]
+
+
+def weighted_sums(live: tuple[LiveTensor, ...], contributions: Sequence[Contribution], factors: Tensor) -> Tensor:
+    """Each tensor's sum over examples of factor times gradient: factors (L, n) -> (k,), float32."""
+    out = torch.empty(live[-1].stop, device=factors.device)
+    with _exact_products(factors.device):
+        for tensor, part, factor in zip(live, contributions, factors, strict=True):
+            part.weighted_sum(factor, out[tensor.start : tensor.stop])
+    return out
 
 
 class _Hook:
@@ -174,7 +211,8 @@ class _Hook:
             self.site.open -= 1
             if not self.site.open:
                 self._busy = True
-                self.site.found = self.site.rule(layer, self.site.live, self.site.calls, self.kernel)
+                with _exact_products(gradient.device), torch.no_grad():
+                    self.site.found = self.site.rule(layer, self.site.live, self.site.calls, self.kernel)
                 self.site.calls.clear()
                 self._busy = False
 
@@ -212,7 +250,7 @@ def _no_parameter_gradients(module: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def _exact_products(device: torch.device) -> Iterator[None]:
-    """On CUDA, no TF32 inside: ten bits of mantissa are not a norm to clip by."""
+    """On CUDA, no TF32 in norms and sums: ten bits of mantissa are nothing to clip by."""
     if device.type != "cuda":
         yield
         return
