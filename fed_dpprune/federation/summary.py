@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import statistics
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from fed_dpprune import config as cfg
@@ -41,6 +42,7 @@ class Clock:
         }
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from typing import Any
 
 from fed_dpprune import config as cfg
@@ -45,6 +46,7 @@ def blake(blob: bytes) -> str:
     return hashlib.blake2b(blob, digest_size=16).hexdigest()
 
 
+@lru_cache(maxsize=8)
 def config_digest(config: cfg.Config) -> str:
     """32 hex digits over the keys that both ends must share (not names, runners, policies or link models).
 
@@ -110,23 +112,26 @@ class RoundTerms:
     odds: tuple[int, ...] = ()
     protocol: int = PROTOCOL
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The request's digest: names the charge, the stored reply and, in a simulation, the noise stream.
 
         The code fingerprint is checked beside it and stays out, so that a run of one seed keeps its noise when a comment
         of the sources changes.
         """
-        named = {name: value for name, value in asdict(self).items() if name != "fingerprint"}
+        named = {name: value for name, value in self._values().items() if name != "fingerprint"}
         return blake(json.dumps(named, sort_keys=True).encode())
 
     def to_wire(self) -> dict[str, Any]:
         """As ConfigRecord values."""
         return {
             name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
+            for name, value in self._values().items()
             if value != ()
         }
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 _TYPES = {"str": str, "int": int, "float": float}
