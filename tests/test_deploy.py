@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -45,6 +46,7 @@ class Deployment:
         (home / "config.toml").write_text(text)
         self.environment = os.environ | {
             "FLWR_HOME": str(home),
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # Flower starts its own helpers by name
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
         }
@@ -65,14 +67,12 @@ class Deployment:
 
     def superlink(self) -> None:
         address = ("--host", "127.0.0.1", "--port", str(self.port))
-        self.start("superlink", "flower-superlink", "--insecure", *address, "--disable-runtime-dependency-installation")
-        end = time.monotonic() + PATIENCE_S
-        while time.monotonic() < end:
-            try:
+        server = self.start("superlink", "flower-superlink", "--insecure", *address, "--disable-runtime-dependency-installation")
+        while server.poll() is None:
+            with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2)
                 return
-            except OSError:
-                time.sleep(0.5)
+            time.sleep(0.5)
         raise AssertionError("the SuperLink did not start")
 
     def ledger(self, partition: int) -> Path:
@@ -110,10 +110,8 @@ class Deployment:
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """Kill -9 a node with everything that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -171,9 +171,9 @@ class Node:
             privacy = self.config.privacy
             ledger = Ledger.open_or_create(
                 Path(self.ledger).expanduser(),
-                f"partition {self.partition}",
+                "the data of this node",
                 mode="deployment",
-                delta=privacy.delta,
+                delta=min(privacy.delta, self.policy.delta or 1.0),
                 accountant=privacy.accountant,
                 unit=privacy.unit,
             )
