@@ -156,3 +156,19 @@ def test_the_command_writes_says_where_and_refuses_with_exit_2(tmp_path, capsys,
     error = capsys.readouterr().err
     assert error.startswith("fed-dpprune: data.public: is empty")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"model.weights": "runs/none.safetensors"}, "model.weights = runs/none.safetensors: no such file"),
+        ({"model.weights": "none.bin"}, "model.weights: 'none.bin' is not a weights file"),
+        ({"sparsity.prune.method": "file", "sparsity.prune.file": "none.npz"}, "sparsity.prune.file: there is no file none.npz"),
+    ],
+)
+def test_a_run_without_the_file_it_starts_from_ends_with_exit_2_before_it_writes(tmp_path, capsys, monkeypatch, keys, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.toml").write_text(cfg.to_toml(config(**keys)))
+    assert cli.main(["run", "my.toml", "--out", "out", "--backend", "inline"]) == 2
+    assert capsys.readouterr().err.startswith(f"fed-dpprune: {named}")
+    assert [path.name for path in tmp_path.iterdir()] == ["my.toml"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,11 @@ from fed_dpprune.data import partition
 from fed_dpprune.data import registry as datasets
 from fed_dpprune.data.dataset import Labels
 from fed_dpprune.models import registry as nets
+from fed_dpprune.models import weights
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.models.spec import from_config
 from fed_dpprune.plan import Facts, Plan, make_plan
+from fed_dpprune.sparsity import files
 
 
 @dataclass(frozen=True)
@@ -58,5 +61,9 @@ def prepare(config: cfg.Config) -> tuple[Gathered, Plan]:
         BadInput: See `gather` and `plan.make_plan`.
     """
     parse_link(config.wire.link)
+    if config.model.weights and not weights.is_torchvision(config.model.weights):
+        weights.file(config.model.weights)
     gathered = gather(config)
+    if config.sparsity.prune.method == "file":
+        files.load(Path(config.sparsity.prune.file), gathered.layout)
     return gathered, make_plan(config, gathered.facts)

@@ -56,6 +56,27 @@ def start(spec: ModelSpec, layout: Layout, seed: int) -> Start:
     return _overlay(vector, _read(spec), layout, spec.weights)
 
 
+def file(source: str) -> Path:
+    """The file that `model.weights` names. Cheap, so that a missing one is found before a run writes anything.
+
+    Raises:
+        ConfigError: Not a weights file by its suffix.
+        DataError: Not there.
+    """
+    path = Path(source).expanduser()
+    if path.suffix not in (*PICKLED, ".safetensors"):
+        raise ConfigError("model.weights", f"{source!r} is not a weights file", 'use .safetensors, .pt or "torchvision"')
+    if not path.is_file():
+        advice = "paths are relative to the working directory; `fed-dpprune pretrain` writes one from public data"
+        raise DataError(f"model.weights = {source}", "no such file", advice)
+    return path
+
+
+def is_torchvision(source: str) -> bool:
+    """Whether `model.weights` asks for torchvision's own."""
+    return source.split(":")[0] == TORCHVISION.rstrip(":")
+
+
 def _overlay(vector: NDArray[np.float32], named: Named, layout: Layout, source: str) -> Start:
     """Write the file's tensors over the draw; the whole head stays fresh when any part of it differs in shape."""
     head = [tensor for tensor in layout.tensors if tensor.head]
@@ -75,13 +96,9 @@ def _overlay(vector: NDArray[np.float32], named: Named, layout: Layout, source: 
 
 
 def _read(spec: ModelSpec) -> Named:
-    if spec.weights.split(":")[0] == TORCHVISION.rstrip(":"):
+    if is_torchvision(spec.weights):
         return _torchvision(spec)
-    path = Path(spec.weights).expanduser()
-    if path.suffix not in (*PICKLED, ".safetensors"):
-        raise ConfigError("model.weights", f"{spec.weights!r} is not a weights file", 'use .safetensors, .pt or "torchvision"')
-    if not path.is_file():
-        raise DataError(f"model.weights = {spec.weights}", "no such file", "paths are relative to the working directory")
+    path = file(spec.weights)
     return _pickled(path) if path.suffix in PICKLED else _safetensors(path)
 
 
