@@ -135,7 +135,7 @@ class Prune(Section):
 class Freeze(Section):
     """Random freeze and its relatives: a support per run, round or step."""
 
-    method: Literal["none", "random", "magnitude", "public"] = "none"
+    method: Literal["none", "random", "magnitude", "public", "change"] = "none"
     rate: Rate = 0.0
     ramp: Literal["constant", "linear", "cosine", "step"] = "linear"
     ramp_end: UnitShare = 1.0
@@ -213,6 +213,8 @@ class Wire(Section):
     uplink: Literal["float32", "float16", "bfloat16", "int8", "int4", "level3", "level2", "sign"] = "float32"
     downlink: Literal["float32", "float16", "bfloat16", "int8", "int4", "level3", "level2", "sign"] = "float32"
     error_feedback: bool = False
+    select: Literal["none", "top-k", "top-k-private"] = "none"
+    select_rate: Rate = 0.0
     link: str = ""
 
 
@@ -351,7 +353,18 @@ def _cross_checks(config: Config) -> None:
         )
     if sparsity.groups and sparsity.shared:
         raise ConfigError("sparsity.groups", "one support for all clients makes no groups", "set sparsity.shared = false")
+    if sparsity.freeze.method == "change" and sparsity.freeze.refresh != "round":
+        raise ConfigError("sparsity.freeze.refresh", "the model changes between rounds only", "use round")
+    if sparsity.freeze.method == "change" and (
+        sparsity.freeze.ramp == "constant" or round(sparsity.freeze.ramp_end * fed.rounds) < 2
+    ):
+        raise ConfigError(
+            "sparsity.freeze.ramp",
+            "before the first round nothing has changed, so in it all must live",
+            "use a ramp of 2 rounds up",
+        )
     _check_public(config)
+    _check_select(config.wire)
     if config.wire.error_feedback and config.wire.downlink == "float32":
         raise ConfigError("wire.error-feedback", "a float32 downlink leaves no error to feed back", "set wire.downlink")
     if sparsity.prune.method == "file" and not sparsity.prune.file:
@@ -369,11 +382,29 @@ def _check_public(config: Config) -> None:
     for key, reads in users.items():
         if reads and not config.data.public:
             raise ConfigError(key, "reads labelled examples, and on private ones it is refused", "declare data.public")
-    shipped = users["sparsity.freeze.method"] or users["sparsity.drop.method"]
+    by_change = sparsity.freeze.method == "change"
+    shipped = by_change or users["sparsity.freeze.method"] or users["sparsity.drop.method"]
     if shipped and not sparsity.shared:
-        raise ConfigError("sparsity.shared", "public scores choose one support for all clients", "leave it true")
+        raise ConfigError("sparsity.shared", "the server chooses one support for all clients", "leave it true")
+    if by_change and users["sparsity.drop.method"]:
+        raise ConfigError(
+            "sparsity.drop.method", 'a freeze by "change" and a drop by public scores do not go together', "choose one"
+        )
     if users["sparsity.drop.method"] and sparsity.freeze.method == "random" and sparsity.freeze.refresh == "step":
         raise ConfigError("sparsity.freeze.refresh", 'with drop by public scores, "step" is not offered', "use round or run")
+
+
+def _check_select(wire: Wire) -> None:
+    """Which values of an update leave: chosen after the noise, or not at all."""
+    if wire.select == "top-k-private":
+        raise ConfigError(
+            "wire.select",
+            "the positions of the largest private values are themselves private data, and the noise on the values does not "
+            "cover them: no epsilon could be stated",
+            'use "top-k", which selects after the noise, or sparsity.freeze.method = "change", which reads released models',
+        )
+    if wire.select == "none" and wire.select_rate > 0:
+        raise ConfigError("wire.select-rate", f'{wire.select_rate} is set but wire.select is "none"', 'set wire.select = "top-k"')
 
 
 def _refuse_later(config: Config) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fed_dpprune import config as cfg
+from fed_dpprune.comm.arithmetic import selected_payload
 from fed_dpprune.comm.codecs.table import codec
 from fed_dpprune.comm.masks import packed_size_bound
 from fed_dpprune.errors import ConfigError
@@ -23,7 +24,7 @@ from fed_dpprune.privacy.history import Entry
 from fed_dpprune.sparsity.prune import survivors_count
 from fed_dpprune.sparsity.recipe import group, round_support
 from fed_dpprune.sparsity.schedule import live_by_round
-from fed_dpprune.sparsity.support import Support, draw_positions, union
+from fed_dpprune.sparsity.support import Support, draw_positions, frozen_count, union
 
 FLOAT32 = 4
 MOST_DRAWS = 2**31  # coordinates that a plan draws at most to count unions; beyond, it gives an upper bound
@@ -268,7 +269,7 @@ def _positions_travel(config: cfg.Config, missed: int) -> bool:
     """Whether a client must be sent which coordinates changed (the rule of `federation.supports.changes_follow`)."""
     sparsity = config.sparsity
     methods = (sparsity.freeze.method, sparsity.drop.method)
-    return "public" in methods or ("magnitude" in methods and missed > 1)
+    return "public" in methods or "change" in methods or ("magnitude" in methods and missed > 1)
 
 
 class _LiveCounts:
@@ -358,7 +359,7 @@ class _Downlink:
 
     def shipped(self, round: int) -> tuple[int, bool]:
         """Bytes of the packed support itself, where the clients cannot draw it."""
-        if "public" not in (self._config.sparsity.freeze.method, self._config.sparsity.drop.method):
+        if not {"public", "change"} & {self._config.sparsity.freeze.method, self._config.sparsity.drop.method}:
             return 0, True
         return packed_size_bound(self._survivors, self._counts.by_round[round - 1]), False
 
@@ -382,17 +383,27 @@ class _Downlink:
         return told + min(values, replay), exact and all(known for _, known in moved)
 
 
+def _update_bytes(wire: cfg.Wire, live: int) -> tuple[int, bool]:
+    """(bytes of one client's update, whether exact): the length of packed positions depends on the positions."""
+    if wire.select == "none":
+        return codec(wire.uplink).size(live), True
+    count = selected_payload(wire.uplink, live, live - frozen_count(wire.select_rate, live))
+    return count.payload, count.exact
+
+
 def _traffic(
     config: cfg.Config, layout: Layout, counts: _LiveCounts, cohorts: Sequence[Sequence[int]], survivors: int
 ) -> tuple[Traffic, Traffic]:
     """Payload bytes up and down."""
-    way, up_codec = _Downlink(config, layout, counts, survivors, cohorts), codec(config.wire.uplink)
+    way = _Downlink(config, layout, counts, survivors, cohorts)
     up: list[int] = []
     down: list[int] = []
     seen: dict[int, int] = {}
-    exact = True
+    exact, up_exact = True, counts.exact
     for round, cohort in enumerate(cohorts, start=1):
-        up.append(len(cohort) * up_codec.size(counts.by_round[round - 1]))
+        size, known = _update_bytes(config.wire, counts.by_round[round - 1])
+        up.append(len(cohort) * size)
+        up_exact = up_exact and known
         total = 0
         for client in cohort:
             parts = (way.shipped(round), way.update(seen[client], round) if client in seen else way.first(round))
@@ -401,7 +412,7 @@ def _traffic(
             seen[client] = round
         down.append(total)
     dense = sum(map(len, cohorts)) * FLOAT32 * layout.d
-    return Traffic(tuple(up), dense, counts.exact), Traffic(tuple(down), dense, exact)
+    return Traffic(tuple(up), dense, up_exact), Traffic(tuple(down), dense, exact)
 
 
 def _memoised(function: Callable[[int, int], tuple[int, bool]]) -> Callable[[int, int], tuple[int, bool]]:

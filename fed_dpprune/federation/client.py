@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -17,10 +17,9 @@ from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fed_dpprune import config as cfg
-from fed_dpprune.comm.codecs.table import codec
 from fed_dpprune.comm.masks import unpack_positions
 from fed_dpprune.errors import ClientFault, LedgerError, WireError
-from fed_dpprune.federation import broadcast, messages
+from fed_dpprune.federation import broadcast, messages, uplink
 from fed_dpprune.federation.broadcast import Parcel
 from fed_dpprune.federation.fingerprint import fingerprint
 from fed_dpprune.federation.local_train import Share, train
@@ -72,6 +71,29 @@ class HostGuard:
         return reply
 
 
+class Received:
+    """The newest models that a process has unpacked, for its simulated clients: all of them are sent the same bytes.
+
+    A model is found only by everything that it was made from, the payload's bytes included, and only after its digest
+    was checked; so a client gets what it would have unpacked itself.
+    """
+
+    KEPT = 2
+
+    def __init__(self) -> None:
+        self._known: dict[object, Start] = {}
+
+    def get(self, key: object) -> Start | None:
+        """What was unpacked for `key`."""
+        return self._known.get(key)
+
+    def put(self, key: object, begin: Start) -> None:
+        """Remember what was unpacked and checked; the oldest goes."""
+        self._known[key] = begin
+        while len(self._known) > self.KEPT:
+            del self._known[next(iter(self._known))]
+
+
 @dataclass
 class ClientSetup:
     """What makes a client this client.
@@ -87,6 +109,7 @@ class ClientSetup:
         guard: Its ledger and policy.
         ledger: "own", or "host" when `guard` is the host's.
         note_seconds: Add the computing time to the reply, for the host to take off; simulations only.
+        received: Models that clients of this process have already unpacked and checked.
     """
 
     config: cfg.Config
@@ -99,6 +122,7 @@ class ClientSetup:
     guard: Guard
     ledger: str = "host"
     note_seconds: bool = False
+    received: Received = field(default_factory=lambda: Received())
 
 
 class ClientRuntime:
@@ -166,11 +190,13 @@ class ClientRuntime:
         moved = train(setup.config, terms, live, begin.survivors, begin.model, bench.gradient, setup.share(), setup.secrets)
         # 6. The values on the support, encoded; stored before they leave.
         try:
-            payload = codec(setup.config.wire.uplink).encode(moved)
+            payload = uplink.encode(setup.config.wire, moved)
         except WireError as error:  # weights that left float32's range; the round is charged, so this is no refusal
             raise ClientFault("internal-error", str(error)) from None
         reply = messages.train_reply(Reply("ok", terms.key, terms.round, terms.digest, fingerprint(), payload))
-        return messages.thaw(setup.guard.keep(terms, messages.freeze(reply)))
+        made = messages.freeze(reply)
+        kept = setup.guard.keep(terms, made)
+        return reply if kept == made else messages.thaw(kept)
 
     def _check(self, terms: RoundTerms) -> None:
         setup = self._setup
@@ -189,6 +215,12 @@ class ClientRuntime:
         """The round's model and the survivors, checked by digest and kept for the next round."""
         if terms.layout != bench.layout.digest:
             raise ClientFault("config-mismatch", "layout")
+        whose = 0 if self._setup.config.sparsity.shared else terms.client
+        key = (terms.config, terms.layout, terms.seed, terms.survivors, terms.model, terms.round, terms.odds, whose, parcel)
+        known = self._setup.received.get(key)
+        if known is not None:
+            self._setup.store.save(terms.model, known, terms.round - 1)
+            return known
         if parcel.kind in ("sync", "replay"):
             begin = self._update(terms, parcel, payload, bench)
         else:
@@ -204,6 +236,7 @@ class ClientRuntime:
             )
         if model_digest(begin.model) != terms.model or begin.survivors.digest != terms.survivors:
             raise ClientFault("digest-mismatch", "model or survivors")
+        self._setup.received.put(key, begin)
         self._setup.store.save(terms.model, begin, terms.round - 1)
         return begin
 
@@ -266,7 +299,7 @@ class ClientRuntime:
         sent = None
         if shipped_part(self._setup.config.sparsity):
             positions = unpack_positions(shipped[1], begin.survivors.k, shipped[0])
-            sent = inside(begin.survivors, positions, "public")
+            sent = inside(begin.survivors, positions, best_claim(self._setup.config))
         live = supports.of(terms.round, terms.client, begin.model, odds=terms.odds, shipped=sent)
         if live.support.digest != terms.digest or live.support.k != terms.live:
             raise ClientFault("digest-mismatch", "support")

@@ -25,7 +25,7 @@ from fed_dpprune.comm.meter import Meter
 from fed_dpprune.comm.meter import Parcel as Metered
 from fed_dpprune.comm.validate import UpdateBound, check_update
 from fed_dpprune.errors import FedDPPruneError, RunStopped, WireError
-from fed_dpprune.federation import aggregate, messages
+from fed_dpprune.federation import aggregate, messages, uplink
 from fed_dpprune.federation.broadcast import METERED, Broadcast
 from fed_dpprune.federation.fingerprint import fingerprint
 from fed_dpprune.federation.host import HostGrid, new_message
@@ -33,7 +33,7 @@ from fed_dpprune.federation.inline import InlineGrid
 from fed_dpprune.federation.messages import Reply
 from fed_dpprune.federation.observer import Observer
 from fed_dpprune.federation.start import Start, Vector
-from fed_dpprune.federation.supports import Supports
+from fed_dpprune.federation.supports import Supports, shipped_part
 from fed_dpprune.federation.terms import REPLY_CODES, RoundTerms, config_digest
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.plan import FLOAT32, EpsilonBook, Plan
@@ -261,7 +261,7 @@ class Server:
         """Every client's support and terms."""
         model, cohort = self.broadcast.model, self.plan.cohorts[number - 1]
         odds = self.world.odds(model, number) if self.world.odds else ()
-        shipped = self._supports.ship(number, model, self.world.scores(model)) if self.world.scores else None
+        shipped = self._supports.ship(number, model, self._scores(model)) if shipped_part(self.config.sparsity) else None
 
         sparsity = self.config.sparsity
         groups = {c: 0 if sparsity.shared else group(sparsity, c) for c in cohort}
@@ -270,6 +270,12 @@ class Server:
         self.provenances.update(item.support.provenance for item in live.values())
         terms = {c: self._terms(number, c, live[c], odds) for c in cohort}
         return Order(number, live, terms, self.broadcast.version, odds, shipped)
+
+    def _scores(self, model: Vector) -> NDArray[np.float64]:
+        """What a shipped support is chosen by, shape (d,): public data's scores, or how far each weight came since the start."""
+        if self.world.scores:
+            return self.world.scores(model)
+        return np.abs(model.astype(np.float64) - self.world.begin.model)
 
     def _terms(self, number: int, client: int, live: RoundSupport, odds: tuple[int, ...]) -> RoundTerms:
         config, support = self.config, live.support
@@ -455,7 +461,7 @@ class Server:
         ):
             if got != wanted:
                 raise WireError("update", name)
-        values = codec(self.config.wire.uplink).decode(reply.payload, terms.live)
+        values = uplink.decode(self.config.wire, reply.payload, terms.live)
         check_update(values, terms.live, self._bound(order, terms))
         return values
 

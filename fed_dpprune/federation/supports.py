@@ -1,13 +1,16 @@
 """Which coordinates live in a round, for both ends: what they recompute, and what has to be shipped.
 
 Random supports, and those by magnitude of the released weights, follow from public terms; the client draws them itself.
-Scores of public data are known to the server alone: the support they choose is shipped packed, and priced.
+Scores of public data are known to the server alone, and so is how far the model has come since its start: the support
+they choose is shipped packed, and priced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
@@ -24,11 +27,11 @@ def shipped_part(sparsity: cfg.Sparsity) -> str:
     """What of a round's support the server must send: nothing, the frozen support that drops are drawn in, or all of it."""
     if sparsity.drop.method == "public":
         return WHOLE
-    return OUTER if sparsity.freeze.method == "public" else NOT_SHIPPED
+    return OUTER if sparsity.freeze.method in ("public", "change") else NOT_SHIPPED
 
 
 # What a support made by these methods can claim at best. A file carries its own word, which the client cannot look at.
-_BEST_CLAIM = {"magnitude": "data-free", "synflow": "data-free", "snip": "public", "public": "public"}
+_BEST_CLAIM = {"magnitude": "data-free", "change": "data-free", "synflow": "data-free", "snip": "public", "public": "public"}
 
 
 def best_claim(config: cfg.Config) -> str:
@@ -63,6 +66,23 @@ def pack_clients(clients: Sequence[int]) -> bytes:
 def unpack_clients(blob: bytes) -> tuple[int, ...]:
     """The partition ids, ascending."""
     return tuple(int(c) for c in np.flatnonzero(np.unpackbits(np.frombuffer(blob, dtype=np.uint8), bitorder="little")))
+
+
+_drawn: OrderedDict[Hashable, RoundSupport] = OrderedDict()
+_drawing = Lock()
+DRAWN = 4
+
+
+def _drawn_once(terms: Hashable, draw: Callable[[], RoundSupport]) -> RoundSupport:
+    """A support drawn from public terms, remembered for the other clients of this process (and the server, if it is here)."""
+    with _drawing:
+        found = _drawn.get(terms)
+        if found is None:
+            found = _drawn[terms] = draw()
+        _drawn.move_to_end(terms)
+        while len(_drawn) > DRAWN:
+            _drawn.popitem(last=False)
+        return found
 
 
 @dataclass(frozen=True)
@@ -106,18 +126,25 @@ class Supports:
         outer = self.survivors
         if part == OUTER and shipped is not None:
             sparsity, outer = sparsity.model_copy(update={"freeze": cfg.Freeze()}), shipped
-        return round_support(
-            sparsity,
-            outer,
-            self.layout,
-            self.seed,
-            round,
-            fed.rounds,
-            local_steps=fed.local_steps,
-            client=client,
-            weights=weights,
-            odds=np.asarray(odds, dtype=np.int64) if odds else None,
-        )
+        def draw() -> RoundSupport:
+            return round_support(
+                sparsity,
+                outer,
+                self.layout,
+                self.seed,
+                round,
+                fed.rounds,
+                local_steps=fed.local_steps,
+                client=client,
+                weights=weights,
+                odds=np.asarray(odds, dtype=np.int64) if odds else None,
+            )
+
+        if {sparsity.freeze.method, sparsity.drop.method} - {"none", "random"}:
+            return draw()
+        whose = None if sparsity.shared else group(sparsity, client)
+        inside = (outer.digest, outer.provenance, self.layout.digest)
+        return _drawn_once((sparsity, *inside, self.seed, round, fed.rounds, fed.local_steps, whose, odds), draw)
 
     def moved(self, round: int, clients: Collection[int], weights: Vector, *, odds: tuple[int, ...] = ()) -> Support:
         """What the updates of these clients may move together, where supports are not shared and none is shipped."""
@@ -125,7 +152,7 @@ class Supports:
         return drawn[0] if len(drawn) == 1 else union(drawn)
 
     def ship(self, round: int, weights: Vector, scores: np.ndarray) -> Support:
-        """The server's side: what must be sent of a round's support, chosen by scores of public data, shape (d,)."""
+        """The server's side: what must be sent of a round's support, chosen by its scores, shape (d,)."""
         sparsity, fed = self.config.sparsity, self.config.federation
         if shipped_part(sparsity) == OUTER:
             sparsity = sparsity.model_copy(update={"drop": cfg.Drop()})

@@ -14,7 +14,6 @@ from fed_dpprune.data.public import load_public
 from fed_dpprune.federation import start
 from fed_dpprune.federation.start import Start, Vector
 from fed_dpprune.federation.strategy import World
-from fed_dpprune.federation.supports import shipped_part
 from fed_dpprune.models import registry
 from fed_dpprune.models import weights as initial_weights
 from fed_dpprune.models.flat import Layout
@@ -50,7 +49,8 @@ def build_world(config: cfg.Config, layout: Layout, dataset: Dataset) -> World:
     odds = None
     if config.sparsity.freeze.method == "random" and config.sparsity.freeze.odds == "layer-energy":
         odds = _odds(context)
-    scores = _scores(context) if shipped_part(config.sparsity) else None
+    by_public = "public" in (config.sparsity.freeze.method, config.sparsity.drop.method)
+    scores = _scores(context) if by_public else None
     notes = dataset.notes + tuple(f"{name} starts from a fresh draw" for name in begun.fresh)
     return World(config, layout, begin, _evaluator(config, layout, dataset), odds, scores, notes)
 

@@ -49,7 +49,7 @@ def recomputable(sparsity: config.Sparsity) -> bool:
     """
     freeze, drop = sparsity.freeze, sparsity.drop
     by_start_weights = freeze.method == "magnitude" and freeze.refresh == "run"
-    return "public" not in (freeze.method, drop.method) and not by_start_weights
+    return not {"public", "change"} & {freeze.method, drop.method} and not by_start_weights
 
 
 def group(sparsity: config.Sparsity, client: int) -> int:
@@ -123,10 +123,12 @@ class _Chooser:
         """Scores of the coordinates of `outer` and their provenance."""
         found = weights if method == "magnitude" else self.public_scores
         if found is None or found.shape != (outer.d,):
-            wanted = "the released weights" if method == "magnitude" else "the scores of public data"
+            wanted = "the released weights" if method == "magnitude" else "the server's scores"
             raise ValueError(f"method {method!r} needs {wanted}, shape ({outer.d},)")
         inside = found[outer.indices]
-        return (np.abs(inside), "data-free") if method == "magnitude" else (inside, "public")
+        return (
+            (np.abs(inside), "data-free") if method == "magnitude" else (inside, "data-free" if method == "change" else "public")
+        )
 
     def reduce(
         self,

@@ -1,0 +1,51 @@
+"""An update as bytes, and back: the values on the support, or the largest of them with their positions.
+
+Both work on what the noise has already covered. Choosing the largest noised values is post-processing and costs no epsilon;
+what it costs are the positions. It is the baseline that a shared random support is compared with, not a way to save bytes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fed_dpprune import config as cfg
+from fed_dpprune.comm.codecs.table import codec
+from fed_dpprune.comm.downlink import decode_join, encode_join
+from fed_dpprune.errors import WireError
+from fed_dpprune.sparsity.support import frozen_count, largest
+
+
+def selected_count(wire: cfg.Wire, live: int) -> int:
+    """How many of `live` values leave."""
+    return live - frozen_count(wire.select_rate, live) if wire.select == "top-k" else live
+
+
+def encode(wire: cfg.Wire, values: NDArray[np.float64]) -> bytes:
+    """The noised values on the round's support, shape (k,), as `wire.uplink` and `wire.select` say.
+
+    Raises:
+        WireError: "non-finite".
+    """
+    keep = selected_count(wire, values.size)
+    if wire.select == "none" or keep == values.size:
+        return codec(wire.uplink).encode(values)
+    if not np.isfinite(values).all():
+        raise WireError("update", "non-finite")
+    chosen = largest(np.abs(values), keep)
+    return encode_join(chosen, values.size, values[chosen], codec(wire.uplink))
+
+
+def decode(wire: cfg.Wire, blob: bytes, live: int) -> NDArray[np.float32]:
+    """The values on the support, shape (live,); those that were not chosen are 0.
+
+    Raises:
+        WireError: With a code of `comm.validate.CODES`.
+    """
+    keep = selected_count(wire, live)
+    if wire.select == "none" or keep == live:
+        return codec(wire.uplink).decode(blob, live)
+    positions, found = decode_join(blob, live, keep, codec(wire.uplink), with_mask=True, with_values=True)
+    values = np.zeros(live, dtype=np.float32)
+    values[positions] = found
+    return values
