@@ -32,7 +32,7 @@ from fed_dpprune.federation.local_train import Share
 from fed_dpprune.federation.model_store import pack_model, unpack_model
 from fed_dpprune.federation.secrets import OsSecrets
 from fed_dpprune.federation.start import Start
-from fed_dpprune.federation.terms import RoundTerms
+from fed_dpprune.federation.terms import RoundTerms, blake
 from fed_dpprune.federation.workbench import Workbench, workbench
 from fed_dpprune.models import registry as nets
 from fed_dpprune.models.spec import from_config
@@ -165,6 +165,13 @@ class Node:
         labels = datasets.labels(self.data, self.config.seed)
         return workbench(self.config.model, self.config.engine, labels.input_shape, labels.classes)
 
+    def warn_of_other_data(self, ledger: Ledger) -> None:
+        """Tell this node's own log when the data are not those that the ledger was opened with; nothing leaves the node."""
+        share = self.share()
+        rows, labels = share.examples.take(share.indices)
+        if not ledger.same_data(blake(labels.tobytes() + rows.tobytes())):
+            _log.warning("%s was opened with other data; what was spent before still counts", self.ledger)
+
     def guard(self) -> tuple[Guard, str]:
         """Who charges, and the word for it in the hello."""
         if self.ledger:
@@ -181,10 +188,12 @@ class Node:
         return (HostGuard(), "host") if _inside_ray() else (NoLedger(), "none")
 
 
-def _runtime(context: Context) -> ClientRuntime:
+def _runtime(context: Context, *, greeting: bool = False) -> ClientRuntime:
     config = cfg.build(context.run_config)
     node = Node(config, context.node_config)
     guard, ledger = node.guard()
+    if greeting and isinstance(guard, LedgerGuard):
+        node.warn_of_other_data(guard.ledger)
     labels = datasets.labels(node.data, config.seed)
     d = nets.layout(from_config(config.model, labels.input_shape, labels.classes)).d
     return ClientRuntime(
@@ -216,7 +225,7 @@ def make_client_app() -> ClientApp:
     @app.query()
     def query(message: Message, context: Context) -> Message:
         try:
-            return Message(_runtime(context).hello(message.content), reply_to=message)
+            return Message(_runtime(context, greeting=True).hello(message.content), reply_to=message)
         except Exception as error:
             return _failed(message, error)
 

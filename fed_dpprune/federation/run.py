@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from fed_dpprune import config as cfg
 from fed_dpprune.data import registry as datasets
-from fed_dpprune.errors import FedDPPruneError, RunStopped
+from fed_dpprune.errors import FedDPPruneError, LedgerError, RunStopped
 from fed_dpprune.federation import checkpoint, simulation, summary
 from fed_dpprune.federation.facts import Gathered, prepare
 from fed_dpprune.federation.guard import LedgerGuard
@@ -33,7 +33,7 @@ from fed_dpprune.federation.world import build_world
 from fed_dpprune.models import registry, vector
 from fed_dpprune.models.spec import from_config
 from fed_dpprune.plan import Facts, Plan, make_plan
-from fed_dpprune.privacy.ledger import Ledger
+from fed_dpprune.privacy.ledger import Head, Ledger
 from fed_dpprune.privacy.policy import ClientPolicy
 from fed_dpprune.records import ClientCounts, ClientRecord, RoundRecord, read_lines
 
@@ -122,6 +122,9 @@ class DirRecorder(Recorder):
         self._files.append(record, clients)
         if server.done == record.round:
             state, arrays = server.state()
+            if self.ledger is not None:
+                head = self.ledger.head()
+                state["ledger"] = [head.count, head.digest]
             checkpoint.write(
                 self._files.checkpoint, checkpoint.Checkpoint(server.done, config_digest(self._config), state, arrays)
             )
@@ -270,6 +273,8 @@ def _run(
         home=os.getcwd(),
     )
     saved = checkpoint.read(files.checkpoint, config_digest(config))
+    if saved is not None and not ledger.contains(Head(*saved.state["ledger"])):
+        raise LedgerError(str(files.ledger), "is older than the checkpoint beside it", "start anew with --force")
 
     def serve(grid: Grid) -> None:
         server = Server(world, lambda sizes, known: plan, HostGrid(grid, guard), observer, recorder, stop, identity)
