@@ -49,7 +49,7 @@ class MaxPool(nn.MaxPool2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape (n, channels, height, width)."""
-        plain = x.is_cuda or torch._C._functorch.is_batchedtensor(x)  # functorch has no memory formats
+        plain = x.is_cuda or torch._C._functorch.is_functorch_wrapped_tensor(x)  # it has no memory formats
         pooled: torch.Tensor = super().forward(x if plain else x.contiguous(memory_format=torch.channels_last))
         return pooled.contiguous()
 
