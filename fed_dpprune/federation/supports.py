@@ -126,6 +126,7 @@ class Supports:
         outer = self.survivors
         if part == OUTER and shipped is not None:
             sparsity, outer = sparsity.model_copy(update={"freeze": cfg.Freeze()}), shipped
+
         def draw() -> RoundSupport:
             return round_support(
                 sparsity,
