@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,8 +161,24 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or choose(config, arguments.config)
     RunDir(out).check(config, resume=arguments.resume, force=arguments.force)
     prepared = prepare(config)
-    out.mkdir(parents=True, exist_ok=True)
-    return _run_quietly(arguments, config, out, prepared)
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(str(out), f"cannot be made ({error.strerror})", "choose another --out") from None
+    try:
+        return _run_quietly(arguments, config, out, prepared)
+    except (BadInput, KeyboardInterrupt):
+        _leave_nothing(out, missing)
+        raise
+
+
+def _leave_nothing(out: Path, made: Sequence[Path]) -> None:
+    """Take away the log and the folders of a run that was refused before it wrote anything."""
+    if [path.name for path in out.iterdir()] == ["log.txt"]:
+        (out / "log.txt").unlink()
+        for folder in made:
+            folder.rmdir()
 
 
 def _run_quietly(arguments: argparse.Namespace, config: cfg.Config, out: Path, prepared: tuple[Gathered, Plan]) -> int:
@@ -191,9 +208,10 @@ def _close(arguments: argparse.Namespace, config: cfg.Config, out: Path, outcome
         for line in closing(outcome.summary, outcome.plan, config, out):
             print(line, file=screen.out)
     if outcome.status == "interrupted":
-        overrides = "".join(f" --set {pair}" for pair in arguments.overrides)
-        backend = f" --backend {arguments.backend}" if arguments.backend else ""
-        print(f"to go on:  fed-dpprune run {arguments.config}{overrides}{backend} --out {out} --resume", file=screen.out)
+        words = ["fed-dpprune", "run", str(arguments.config)]
+        words += [word for pair in arguments.overrides for word in ("--set", pair)]
+        words += ["--backend", arguments.backend] if arguments.backend else []
+        print(f"to go on:  {shlex.join([*words, '--out', str(out), '--resume'])}", file=screen.out)
     elif outcome.error is not None:
         console.print_error(outcome.error, file=screen.err, log_path=out / "log.txt")
 

@@ -350,9 +350,11 @@ class _Downlink:
         self._union = _memoised(counts.union)
         self._lossy = None if config.wire.downlink == "float32" else codec(config.wire.downlink)
         mask_sent = config.sparsity.prune.method not in ("none", "random")
-        self._mask = packed_size_bound(layout.d, survivors) if mask_sent else 0
+        # Groups of unequal sizes leave `survivors` an upper bound; half of all positions take the most bytes.
+        counted = config.sparsity.granularity == "element"
+        self._mask = packed_size_bound(layout.d, survivors if counted else min(survivors, layout.d // 2)) if mask_sent else 0
         # A bitmask has one size; gap codes, chosen for very sparse supports, have at most this one.
-        self._mask_exact = not mask_sent or self._mask in (0, 1 + (layout.d + 7) // 8)
+        self._mask_exact = not mask_sent or (counted and self._mask in (0, 1 + (layout.d + 7) // 8))
         held = config.sparsity.prune.inactive == "hold" or any(t.frozen for t in layout.tensors)
         self._weights_sent = bool(config.model.weights)
         self._values = layout.d if held and self._weights_sent else survivors

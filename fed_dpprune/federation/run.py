@@ -27,7 +27,7 @@ from fed_dpprune.federation.model_store import SharedStore
 from fed_dpprune.federation.observer import LogObserver, Observer
 from fed_dpprune.federation.run_dir import RunDir, default_path
 from fed_dpprune.federation.secrets import OsSecrets, SeededSecrets
-from fed_dpprune.federation.strategy import Interrupted, Recorder, Server
+from fed_dpprune.federation.strategy import Interrupted, Recorder, Server, World
 from fed_dpprune.federation.terms import blake, config_digest
 from fed_dpprune.federation.world import build_world
 from fed_dpprune.models import registry, vector
@@ -62,7 +62,9 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """As in the contract."""
+        """As in the contract; a failure with a class of its own has its own code."""
+        if self.status == "failed" and isinstance(self.error, FedDPPruneError):
+            return self.error.exit_code
         return EXIT_CODES[self.status]
 
 
@@ -215,7 +217,15 @@ def execute(
     observer = observer or LogObserver()
     gathered, plan = prepared or prepare(config)
     files = RunDir(out)
-    files.prepare(config, resume=resume, force=force)
+    files.check(config, resume=resume, force=force)
+    try:
+        observer.phase("loading data and model")
+        world = build_world(config, gathered.layout, datasets.load(config.data, config.seed))
+        saved = checkpoint.read(files.checkpoint, config_digest(config)) if resume else None
+        files.prepare(config, resume=resume, force=force)
+    except BaseException:
+        observer.close()
+        raise
     if on_ready:
         on_ready(plan)
     if not files.summary.exists():
@@ -230,7 +240,7 @@ def execute(
     error: BaseException | None = None
     try:
         with ctrl_c(stop):
-            _run(config, gathered, plan, files, ledger, recorder, observer, stop, identity, servers)
+            _run(config, gathered, plan, world, saved, files, ledger, recorder, observer, stop, identity, servers)
     except (Interrupted, KeyboardInterrupt) as interrupted:
         error = interrupted
     except Exception as failure:
@@ -248,6 +258,8 @@ def _run(
     config: cfg.Config,
     gathered: Gathered,
     plan: Plan,
+    world: World,
+    saved: checkpoint.Checkpoint | None,
     files: RunDir,
     ledger: Ledger,
     recorder: DirRecorder,
@@ -256,10 +268,7 @@ def _run(
     identity: str,
     servers: list[Server],
 ) -> None:
-    """Build the world, and let the runner carry the server's loop."""
-    observer.phase("loading data and model")
-    dataset = datasets.load(config.data, config.seed)
-    world = build_world(config, gathered.layout, dataset)
+    """Let the runner carry the server's loop, over clients made here."""
     guard = LedgerGuard(ledger, ClientPolicy.from_config(config.policy), dict(enumerate(plan.nominal_sizes)))
     parts = files.checkpoint / "partition.npz"
     clients = simulation.SimulatedClients(
@@ -272,7 +281,6 @@ def _run(
         d=gathered.layout.d,
         home=os.getcwd(),
     )
-    saved = checkpoint.read(files.checkpoint, config_digest(config))
     if saved is not None and not ledger.contains(Head(*saved.state["ledger"])):
         raise LedgerError(str(files.ledger), "is older than the checkpoint beside it", "start anew with --force")
 
