@@ -70,7 +70,7 @@ def unpack_clients(blob: bytes) -> tuple[int, ...]:
 
 _drawn: OrderedDict[Hashable, RoundSupport] = OrderedDict()
 _drawing = Lock()
-DRAWN = 4
+DRAWN, DRAWN_LARGE, LARGE = 64, 4, 2**16  # supports kept: with one for each client they are many; of a large net, few
 
 
 def _drawn_once(terms: Hashable, draw: Callable[[], RoundSupport]) -> RoundSupport:
@@ -80,7 +80,8 @@ def _drawn_once(terms: Hashable, draw: Callable[[], RoundSupport]) -> RoundSuppo
         if found is None:
             found = _drawn[terms] = draw()
         _drawn.move_to_end(terms)
-        while len(_drawn) > DRAWN:
+        most = DRAWN if found.support.d <= LARGE else DRAWN_LARGE
+        while len(_drawn) > most:
             _drawn.popitem(last=False)
         return found
 
