@@ -346,10 +346,15 @@ class Server:
         def send_again() -> list[str]:
             return send([c for c in self._returned() if c in clients and c not in answers])
 
-        for reply in self._pull(send(clients), self.config.federation.reply_timeout, send_again):
+        def unanswered() -> bool:
+            return len(answers) < len(clients)
+
+        for reply in self._pull(send(clients), self.config.federation.reply_timeout, send_again, unanswered):
             node = reply.metadata.src_node_id
             client, addressee = asked.get(reply.metadata.reply_to_message_id, (None, None))
-            if client is None or node != addressee:
+            if client is not None and node != addressee and reply.has_error():
+                _log.warning("client %d cannot be reached; it has until the timeout to come back", client)
+            elif client is None or node != addressee:
                 order.strays.append(f"node {node}: rejected (unknown-sender)")
             elif client in answers:
                 order.strays.append(f"client {client}: rejected (duplicate)")
@@ -387,18 +392,25 @@ class Server:
         known = partition in self.nodes and self.plan.nominal_sizes[partition] == head["nominal-size"]
         return partition if known and head["status"] == "ok" else None
 
-    def _pull(self, ids: list[str], timeout: float, more: Callable[[], list[str]] | None = None) -> Any:
+    def _pull(
+        self,
+        ids: list[str],
+        timeout: float,
+        more: Callable[[], list[str]] | None = None,
+        wanting: Callable[[], bool] = lambda: False,
+    ) -> Any:
         """Replies as they come, until all are there or time is up.
 
         Args:
             ids: Messages to wait for.
             timeout: Seconds.
-            more: Asked now and then while nothing comes, over a network: further messages to wait for.
+            more: Asked now and then, over a network: further messages to wait for.
+            wanting: Over a network: whether to wait on for such messages when all others have been answered.
         """
         waiting, end = set(ids), time.monotonic() + timeout
         order = {message_id: place for place, message_id in enumerate(ids)}
         asked_at = time.monotonic()
-        while waiting:
+        while waiting or (self._is_far() and wanting()):
             if more is not None and self._is_far() and time.monotonic() - asked_at > REJOIN_S:
                 for message_id in more():
                     waiting.add(message_id)

@@ -14,9 +14,10 @@ from fed_dpprune.federation.fingerprint import fingerprint
 from fed_dpprune.federation.strategy import Server
 from fed_dpprune.privacy.accountants import table as accountants
 from fed_dpprune.privacy.history import Entry
-from fed_dpprune.privacy.statement import ADVERSARY, NEIGHBOURING, SAMPLER
+from fed_dpprune.privacy.statement import ADVERSARY, NEIGHBOURING, SAMPLER, group_price
 from fed_dpprune.records import SCHEMA, ClientRecord, RoundRecord
 
+GROUP = 2  # examples of one person whose price the summary states; `plan` prints more
 PACKAGES = ("fed-dpprune", "flwr", "ray", "torch", "opacus", "dp-accounting", "numpy")
 
 
@@ -62,14 +63,17 @@ def _privacy(server: Server, noise_source: str, charged: dict[int, int], final: 
     heaviest = max(epsilon, key=epsilon.__getitem__)
     other = accountants.SECOND[plan.accountant]
     beside: dict[str, float] = {}
+    group: dict[str, float] = {}
     if final and steps[heaviest]:
         entry = Entry(plan.noise_multiplier, plan.sample_rates[heaviest], steps[heaviest])
         beside = {other: accountants.epsilon([entry], plan.delta, other)}
+        group = {str(GROUP): group_price([entry], GROUP, plan.delta, plan.accountant)}
     return {
         "epsilon_max": largest,
         "epsilon_median": statistics.median(epsilon.values()),
         "epsilon_by_client": {str(c): e for c, e in epsilon.items()},
         "epsilon_other": beside,
+        "epsilon_of_group": group,
         "delta": plan.delta,
         "unit": config.privacy.unit,
         "neighbouring": NEIGHBOURING,

@@ -40,6 +40,8 @@ def claim(plan: Plan, config: Config, made: dict[str, Any]) -> Iterator[str]:
         unit=privacy["unit"],
         second=other,
     ).splitlines()
+    for size, price in privacy["epsilon_of_group"].items():
+        yield f"a person with {size} examples in one client pays epsilon {price:.3f}"
     steps = [privacy["steps_by_client"][str(c)] for c in range(len(plan.sample_rates))]
     rate, count = _heaviest(plan, steps)
     rounds = count // config.federation.local_steps
