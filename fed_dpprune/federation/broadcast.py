@@ -94,6 +94,7 @@ class Broadcast:
     def __post_init__(self) -> None:
         self.model = self.begin.model
         self.digests = [model_digest(self.model)]
+        self._made: dict[int, tuple[str, bytes, tuple[int, int]]] = {}
         wire = self.config.wire
         exact = wire.downlink == PLAIN
         self._release = None if exact else Downlink(codec(wire.downlink), self.layout.d, error_feedback=wire.error_feedback)
@@ -122,6 +123,7 @@ class Broadcast:
             model[index] += applied
         self.version += 1
         self.model = model
+        self._made.clear()
         self.digests.append(model_digest(model))
         self.changes[self.version] = Change(support, odds, blob, clients)
         oldest = min(self.held.values(), default=self.version)
@@ -157,7 +159,13 @@ class Broadcast:
         return b"".join(part.ljust(width, b"\0") for part in parts)
 
     def _update(self, base: int) -> tuple[str, bytes, tuple[int, int]]:
-        """(kind, bytes, packed positions) from version `base` to the newest: the smaller of values and releases."""
+        """(kind, bytes, packed positions) from version `base` to the newest: made once for all clients that hold `base`."""
+        if base not in self._made:
+            self._made[base] = self._make_update(base)
+        return self._made[base]
+
+    def _make_update(self, base: int) -> tuple[str, bytes, tuple[int, int]]:
+        """The smaller of values and releases."""
         missed = [self.changes[v] for v in self._missed(base)]
         if not missed:
             return "sync", b"", (0, 0)
@@ -204,6 +212,7 @@ class Broadcast:
         self.version, self.digests = head["version"], list(head["digests"])
         self.held = {int(client): version for client, version in head["held"].items()}
         self.model = arrays["model"]
+        self._made.clear()
         if self._release is not None and "residual" in arrays:
             self._release.residual = arrays["residual"].copy()
         self.changes = {

@@ -218,7 +218,7 @@ class ClientRuntime:
         whose = 0 if self._setup.config.sparsity.shared else terms.client
         key = (terms.config, terms.layout, terms.seed, terms.survivors, terms.model, terms.round, terms.odds, whose, parcel)
         known = self._setup.received.get(key)
-        if known is not None:
+        if known is not None and (not parcel.base or self._setup.store.load(parcel.base) is not None):
             self._setup.store.save(terms.model, known, terms.round - 1)
             return known
         if parcel.kind in ("sync", "replay"):

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -75,8 +76,24 @@ def _pair(values: Mapping[str, Any], name: str) -> tuple[int, int]:
     return found[0], found[1]
 
 
+@lru_cache(maxsize=64)
+def _npy_header(size: int) -> bytes:
+    """What numpy's container puts before `size` bytes."""
+    buffer = BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (size,)})
+    return buffer.getvalue()
+
+
 def _array(blob: bytes) -> ArrayRecord:
-    return ArrayRecord({"payload": Array(np.frombuffer(blob, dtype=np.uint8))})
+    """One flat array of bytes, as `Array(np.frombuffer(blob, np.uint8))` makes it, with a single copy."""
+    size = len(blob)
+    return ArrayRecord({"payload": Array("uint8", (size,), "numpy.ndarray", _npy_header(size) + blob)})
+
+
+@lru_cache(maxsize=2)
+def _sent_to_many(blob: bytes) -> ArrayRecord:
+    """The record of a payload that many clients of a round get: made once, read by all, changed by nobody."""
+    return _array(blob)
 
 
 def payload_of(content: RecordDict, name: str) -> bytes:
@@ -124,7 +141,7 @@ def train_request(terms: dict[str, Any], parcel: Parcel) -> RecordDict:
             request[name] = list(value)
     records: dict[str, Any] = {"terms": ConfigRecord(terms), "request": ConfigRecord(request)}
     if parcel.payload:
-        records["model"] = _array(parcel.payload)
+        records["model"] = _sent_to_many(parcel.payload)
     return RecordDict(records)
 
 
@@ -206,7 +223,7 @@ def message_bytes(content: RecordDict) -> int:
 def freeze(content: RecordDict) -> bytes:
     """A reply as bytes for the ledger's store; `thaw` gives back an equal record."""
     reply = read_reply(content)
-    head = train_reply(Reply(reply.status, reply.request, reply.round, reply.digest, reply.fingerprint))["reply"].deflate()
+    head = content["reply"].deflate()
     return struct.pack("<I", len(head)) + head + reply.payload
 
 

@@ -26,7 +26,7 @@ from fed_dpprune import config as cfg
 from fed_dpprune.data import registry as datasets
 from fed_dpprune.data.dataset import Dataset
 from fed_dpprune.errors import FedDPPruneError
-from fed_dpprune.federation.client import ClientRuntime, ClientSetup, HostGuard
+from fed_dpprune.federation.client import ClientRuntime, ClientSetup, HostGuard, Received
 from fed_dpprune.federation.facts import gather
 from fed_dpprune.federation.inline import InlineGrid
 from fed_dpprune.federation.local_train import Share
@@ -91,6 +91,7 @@ class SimulatedClients:
                 store=_store(self.models, self.d),
                 guard=HostGuard(),
                 note_seconds=True,
+                received=_received(self.models, self.partition_digest),
             )
         )
 
@@ -103,6 +104,11 @@ class SimulatedClients:
 def _dataset(data: cfg.Data, seed: int) -> Dataset:
     """The process's data set, loaded once."""
     return datasets.load(data, seed)
+
+
+@lru_cache(maxsize=1)
+def _received(folder: Path, run: str) -> Received:
+    return Received()
 
 
 @lru_cache(maxsize=2)
