@@ -8,7 +8,7 @@ one keep no graph.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from fed_dpprune.dpsgd.allocator import keep_freed_memory
 from fed_dpprune.dpsgd.clipping import Clipping
 from fed_dpprune.dpsgd.compiled import Kernel
 from fed_dpprune.dpsgd.grad_sample import fallback
-from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Rule, Shared, Unfit
+from fed_dpprune.dpsgd.grad_sample.contribution import PADDING, Call, Contribution, Rule, Shared, Unfit
 from fed_dpprune.dpsgd.grad_sample.table import rule_for
 from fed_dpprune.dpsgd.live import LiveTensor
 from fed_dpprune.dpsgd.reference import Loss
@@ -63,6 +63,7 @@ class LayerEngine:
         keep_freed_memory()
         self._held: dict[str, bool] = {}  # whether a tensor's per-example gradients are kept until the sum
         names: dict[int, str] = {id(p): name for name, p in module.named_parameters()}
+        self.parameters = list(module.parameters())
         self._owners: dict[str, list[tuple[nn.Module, str]]] = {}
         for layer in module.modules():
             for own, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
@@ -142,7 +143,7 @@ class Pass:
             engine.kernel.library.use_threads(torch.get_num_threads())
 
     def __enter__(self) -> Pass:
-        self.anchor = self._stack.enter_context(_no_parameter_gradients(self._engine.module))
+        self.anchor = self._stack.enter_context(_no_parameter_gradients(self._engine.parameters))
         for site in self._sites:
             hook = _Hook(site, self.anchor, self._n, self._engine.kernel)
             self._stack.callback(site.layer.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
@@ -172,8 +173,10 @@ class Pass:
 def weighted_sums(live: tuple[LiveTensor, ...], contributions: Sequence[Contribution], factors: Tensor) -> Tensor:
     """Each tensor's sum over examples of factor times gradient: factors (L, n) -> (k,), float32."""
     out = torch.empty(live[-1].stop, device=factors.device)
+    padded = factors.new_zeros(len(live), -(-factors.shape[1] // PADDING) * PADDING)
+    padded[:, : factors.shape[1]] = factors
     with _exact_products(factors.device):
-        for tensor, part, factor in zip(live, contributions, factors, strict=True):
+        for tensor, part, factor in zip(live, contributions, padded, strict=True):
             part.weighted_sum(factor, out[tensor.start : tensor.stop])
     return out
 
@@ -236,24 +239,25 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def _no_parameter_gradients(module: nn.Module) -> Iterator[Tensor]:
+def _no_parameter_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[Tensor]:
     """No parameter asks for a gradient inside; yields the one leaf that does, so that there is a graph at all."""
-    asked = [p for p in module.parameters() if p.requires_grad]
+    asked = [p for p in parameters if p.requires_grad]
     try:
         for parameter in asked:
             parameter.requires_grad_(False)
-        yield torch.zeros((), requires_grad=True, device=next(module.parameters()).device)
+        yield torch.zeros((), requires_grad=True, device=parameters[0].device)
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
+def _exact_products(device: torch.device) -> AbstractContextManager[None]:
     """On CUDA, no TF32 in norms and sums: ten bits of mantissa are nothing to clip by."""
-    if device.type != "cuda":
-        yield
-        return
+    return _without_tf32() if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fed_dpprune.dpsgd.compiled import Kernel
 from fed_dpprune.dpsgd.live import LiveTensor
 
+PADDING = 16  # the most lanes the kernel has
+
 
 class Unfit(Exception):
     """A model that the layer rules cannot do exactly; the caller takes the slower route that can."""
@@ -57,7 +59,10 @@ class Contribution(ABC):
 
     @abstractmethod
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
-        """Write the sum over examples of factor (n,) times gradient into `out`, shape (m,), contiguous."""
+        """Write the sum over examples of factor times gradient into `out`, shape (m,), contiguous.
+
+        `factors` has n entries and zeros after them up to a multiple of PADDING, which the kernel reads.
+        """
 
     @abstractmethod
     def values(self) -> Tensor:
@@ -73,7 +78,7 @@ class Values(Contribution):
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        torch.mv(self._values.T, factors, out=out)
+        torch.mv(self._values.T, factors[: len(self._values)], out=out)
 
     def values(self) -> Tensor:
         """See Contribution."""
@@ -92,9 +97,8 @@ class Blocks(Contribution):
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        groups, live, lanes = self._blocks.shape
-        padded = nn.functional.pad(factors, (0, groups * lanes - self._n))
-        self._kernel.library.weighted_values(groups, live, self._blocks.data_ptr(), padded.data_ptr(), out.data_ptr())
+        groups, live, _ = self._blocks.shape
+        self._kernel.library.weighted_values(groups, live, self._blocks.data_ptr(), factors.data_ptr(), out.data_ptr())
 
     def values(self) -> Tensor:
         """See Contribution."""

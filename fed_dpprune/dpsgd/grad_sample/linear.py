@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpprune.dpsgd.compiled import Kernel
-from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Unfit, Values, on_device, pick
+from fed_dpprune.dpsgd.grad_sample.contribution import PADDING, Call, Contribution, Unfit, Values, on_device, pick
 from fed_dpprune.dpsgd.grad_sample.sampled import Window, sliding
 from fed_dpprune.dpsgd.live import LiveTensor
 
@@ -96,7 +96,7 @@ class Outer(_OnePosition):
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        torch.mm((self.g * factors.unsqueeze(1)).T, self.a, out=out.view(self.g.shape[1], self.a.shape[1]))
+        torch.mm((self.g * factors[: len(self.g)].unsqueeze(1)).T, self.a, out=out.view(self.g.shape[1], self.a.shape[1]))
 
     def values(self) -> Tensor:
         """See Contribution."""
@@ -115,7 +115,7 @@ class Masked(_OnePosition):
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        whole = (self.g * factors.unsqueeze(1)).T @ self.a
+        whole = (self.g * factors[: len(self.g)].unsqueeze(1)).T @ self.a
         torch.index_select(whole.flatten(), 0, on_device(self.live, self.a.device), out=out)
 
 
@@ -127,30 +127,29 @@ class Sampled(_OnePosition):
         self._kernel, n = kernel, a.shape[0]
         self._groups = -(-n // kernel.lanes)
         squared = torch.empty(self._groups * kernel.lanes, dtype=torch.float64)
-        self._reusable = _plain(a, g)
-        if self._reusable:
-            one = torch.ones(n)
-            self._turned = self._turn(self.a, one)
-            self._run(kernel.library.linear_squared, self._turned, self._turn(self.g, one), squared)
-            self.squared = squared[:n]
+        (self._turned, plain_a), (turned_g, plain_g) = self._turn(self.a, None), self._turn(self.g, None)
+        self.squared = squared[:n]
+        if plain_a and plain_g:
+            self._run(kernel.library.linear_squared, self._turned, turned_g, squared)
         else:
             a_scale, g_scale = _scale(a).flatten(), _scale(g).flatten()
-            turned = self._turn(self.a, 1 / a_scale), self._turn(self.g, 1 / g_scale)
-            self._run(kernel.library.linear_squared, *turned, squared)
-            self.squared = squared[:n] * (a_scale.double() * g_scale.double()).square()
+            scaled = self._turn(self.a, _padded(1 / a_scale))[0], self._turn(self.g, _padded(1 / g_scale))[0]
+            self._run(kernel.library.linear_squared, *scaled, squared)
+            self.squared = self.squared * (a_scale.double() * g_scale.double()).square()
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        turned = self._turned if self._reusable else self._turn(self.a, torch.ones_like(factors))
-        self._run(self._kernel.library.linear_sum, turned, self._turn(self.g, factors), out)
+        self._run(self._kernel.library.linear_sum, self._turned, self._turn(self.g, factors)[0], out)
 
-    def _turn(self, source: Tensor, scale: Tensor) -> Tensor:
-        """(n, features) -> (features, n padded), each example times its scale."""
+    def _turn(self, source: Tensor, scale: Tensor | None) -> tuple[Tensor, bool]:
+        """(n, features) -> (features, n padded), each example times its scale; and whether all is within the plain range."""
         n, features = source.shape
-        padded = nn.functional.pad(scale, (0, self._groups * self._kernel.lanes - n))
         target = torch.empty(features, self._groups * self._kernel.lanes)
-        self._kernel.library.turned(n, features, source.stride(0), source.data_ptr(), padded.data_ptr(), target.data_ptr())
-        return target
+        factors = None if scale is None else scale.data_ptr()
+        large = self._kernel.library.turned(
+            n, features, source.stride(0), source.data_ptr(), factors, PLAIN_RANGE, target.data_ptr()
+        )
+        return target, not large
 
     def _run(self, function, a: Tensor, g: Tensor, out: Tensor) -> None:  # type: ignore[no-untyped-def]
         live = self.live
@@ -165,6 +164,10 @@ def _squared_norm(value: Tensor) -> Tensor:
 def _plain(a: Tensor, g: Tensor) -> bool:
     """Whether products of squares can be taken as they are."""
     return bool(max(a.abs().max(), g.abs().max()) <= PLAIN_RANGE)
+
+
+def _padded(values: Tensor) -> Tensor:
+    return nn.functional.pad(values, (0, -len(values) % PADDING))
 
 
 def _scale(value: Tensor) -> Tensor:

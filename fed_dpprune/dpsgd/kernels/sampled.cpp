@@ -386,16 +386,24 @@ void squared_values(int64_t groups, int64_t live, const float *values, double *s
     }
 }
 
-// (n, count) with a row stride -> (count, groups * LANES), examples side by side, zero-padded, each example times scale[i].
-void turned(int64_t n, int64_t count, int64_t stride, const float *source, const float *scale, float *target) {
+// (n, count) with a row stride -> (count, groups * LANES), examples side by side, zero-padded, each example times scale[i] if
+// there is a scale. Returns whether any entry is above `limit` in magnitude, or not a number.
+int turned(int64_t n, int64_t count, int64_t stride, const float *source, const float *scale, float limit, float *target) {
     const int64_t groups = (n + LANES - 1) / LANES;
     vec *to = reinterpret_cast<vec *>(target);
-#pragma omp parallel for schedule(static) num_threads(threads)
+    int large = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : large)
     for (int64_t g = 0; g < groups; g++) {
-        const vec factor = load(scale + g * LANES);
+        const vec one = vec{} + 1.0f, factor = scale ? load(scale + g * LANES) : one, square = one * limit * limit;
+        vec inside = one;
         const int valid = static_cast<int>(std::min<int64_t>(LANES, n - g * LANES));
-        turn(source + g * LANES * stride, stride, valid, count, 64, [&](int64_t i, vec v) { to[i * groups + g] = v * factor; });
+        turn(source + g * LANES * stride, stride, valid, count, 64, [&](int64_t i, vec v) {
+            to[i * groups + g] = v * factor;
+            inside = v * v <= square ? inside : vec{};
+        });
+        large |= across(inside) != LANES;
     }
+    return large;
 }
 
 // squared[i] = sum over live (r, k) of b[r, i]^2 a[k, i]^2; a (columns, groups * LANES), b (rows, groups * LANES).
