@@ -91,9 +91,9 @@ class Workbench:
         optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
 
         def step() -> None:
-            optimizer.zero_grad()
             nn.functional.cross_entropy(module(self.x), self.y).backward()
             optimizer.step()
+            optimizer.zero_grad()  # last, so that gradients count as memory of the step
 
         return step
 
@@ -131,9 +131,9 @@ class Workbench:
         criterion = made[2] if mode == "ghost" else nn.functional.cross_entropy
 
         def step() -> None:
-            optimizer.zero_grad()
             criterion(wrapped(self.x), self.y).backward()
             optimizer.step()
+            optimizer.zero_grad()
 
         return step
 

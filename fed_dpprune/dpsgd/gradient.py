@@ -84,10 +84,12 @@ class PrivateGradient:
         """Copy a flat vector of shape (d,) into the module's parameters."""
         if vector.shape != (self.layout.d,):
             raise ValueError(f"weights of shape {vector.shape} do not fit a model of {self.layout.d} coordinates")
-        source = torch.tensor(vector)
         with torch.no_grad():
             for parameter, (_, span) in zip(self._parameters, self.layout.spans(), strict=True):
-                parameter.copy_(source[span].view(parameter.shape))
+                if parameter.is_cpu:  # no copy in between, and torch does not warn of vectors that are read-only
+                    np.copyto(parameter.numpy(), vector[span].reshape(parameter.shape))
+                else:
+                    parameter.copy_(torch.tensor(vector[span]).view(parameter.shape))
 
     def set_support(self, support: Support, norm_over: Support | None = None) -> None:
         """Choose the live coordinates of the following calls; cheap when nothing changed.

@@ -234,7 +234,8 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
-        ctx.arrive(gradient)
+        arrive, ctx.arrive = ctx.arrive, None  # lets go of the layer's input now, not when the whole graph goes
+        arrive(gradient)
         return gradient if ctx.needs_input_grad[0] else None, None, None
 
 
