@@ -31,7 +31,7 @@ def test_a_client_that_is_sent_other_bytes_does_not_get_its_neighbours_model(tmp
                 blob[0] ^= 1
                 message.content["model"] = messages._array(bytes(blob))
 
-    outcome, grid = small_run.run(small_run.config(), tmp_path, tap=Bent)
+    outcome, _ = small_run.run(small_run.config(), tmp_path, tap=Bent)
     assert outcome.status == "complete"
     status = {row["client"]: (row["status"], row["reason"]) for row in small_run.clients(tmp_path) if row["round"] == 3}
     assert status.pop(2) == ("refused", "digest-mismatch")
