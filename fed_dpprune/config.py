@@ -229,7 +229,7 @@ class Config(Section):
     """The whole tree."""
 
     name: str = ""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     data: Data = Data()
     model: Model = Model()
     federation: Federation = Federation()
@@ -412,7 +412,7 @@ def _refuse_later(config: Config) -> None:
     for key, allowed in LATER.items():
         ok = (DEFAULTS_FLAT[key],) if allowed is None else (DEFAULTS_FLAT[key], *allowed)
         if values[key] not in ok:
-            works = ", ".join(_shown(v) for v in dict.fromkeys(ok))
+            works = ", ".join(dict.fromkeys(_shown(v) for v in ok))
             raise ConfigError(key, f"{_shown(values[key])} is not available in this version", f"leave it at {works}")
 
 

@@ -54,6 +54,28 @@ BASE: dict[str, Any] = {
 }
 
 
+KEYS = {
+    "": {"schema", "status", "reason", "name", "seed", "versions", "code_fingerprint"},
+    "accuracy": {"last", "best", "best_round"},
+    "loss": {"last"},
+    "privacy": {
+        "epsilon_max", "epsilon_median", "epsilon_by_client", "epsilon_other", "delta", "unit", "neighbouring", "sampler",
+        "accountant", "adversary", "noise_source", "side_releases", "noise_multiplier", "clip_norm", "sample_rates",
+        "nominal_sizes", "steps_by_client",
+    },
+    "bytes": {"uplink", "downlink"},
+    "sparsity": {"parameters", "live_after_pruning", "live_by_round", "representation", "provenance"},
+    "time": {"total_s", "start_s", "round_median_s", "client_compute_s", "overhead_per_round_s"},
+}  # fmt: skip
+ROUND_KEYS = {
+    "round", "accuracy", "loss", "live", "digest", "epsilon_max", "bytes_up", "bytes_down", "clients", "wall_s",
+}  # fmt: skip
+CLIENT_KEYS = {
+    "round", "client", "status", "nominal_size", "steps", "sample_rate", "noise_multiplier", "clip_norm", "epsilon",
+    "bytes_up", "bytes_down", "compute_s",
+}  # fmt: skip
+
+
 def config(**changes: Any) -> cfg.Config:
     """BASE with changes; keys with dots and dashes come through `**{...}`."""
     return cfg.build({**BASE, **changes})
@@ -134,6 +156,22 @@ def clients(out: Path) -> list[dict[str, Any]]:
 def summary(out: Path) -> dict[str, Any]:
     """summary.json."""
     return dict(json.loads((out / "summary.json").read_text()))
+
+
+def assert_contract(out: Path) -> None:
+    """Every file and key of section 4.3."""
+    made = summary(out)
+    for table, keys in KEYS.items():
+        assert set(made[table] if table else made) >= keys, table
+    for way in ("uplink", "downlink"):
+        assert set(made["bytes"][way]) >= {"payload", "message", "dense_float32", "ratio"}
+    for row in rounds(out):
+        assert set(row) >= ROUND_KEYS
+        assert set(row["clients"]) == {"asked", "answered", "refused", "rejected"}
+    for row in clients(out):
+        assert set(row) >= CLIENT_KEYS
+    for name in ("config.toml", "ledger.sqlite", "model.safetensors", "checkpoint"):
+        assert (out / name).exists(), name
 
 
 def same(value: Any) -> Any:

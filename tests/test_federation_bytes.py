@@ -30,6 +30,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8-both-ways": {"wire.uplink": "int8", "wire.downlink": "int8"},
     "own-supports": {"sparsity.shared": False, "federation.clients-per-round": 3},
     "layer-energy": {"sparsity.freeze.odds": "layer-energy"},
+    "groups": {"sparsity.shared": False, "sparsity.groups": 2, "wire.downlink": "int8"},
+    "int4-with-feedback": {"wire.downlink": "int4", "wire.error-feedback": True},
+    "top-k": {"wire.select": "top-k", "wire.select-rate": 0.5},
+    "by-change": {"sparsity.freeze.method": "change", "federation.clients-per-round": 2},
+    "snip": {"data.public": "digits[0:200]", "sparsity.prune.method": "snip"},
+    "by-public-scores": {"data.public": "digits[0:200]", "sparsity.freeze.method": "public"},
+    "public-drop": {"data.public": "digits[0:200]", "sparsity.drop.method": "public", "sparsity.drop.rate": 0.5},
 }
 # Its own zero rate would be refused together with its method.
 VARIANTS["nothing-sparse"]["sparsity.freeze.rate"] = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,43 +15,7 @@ from fed_dpprune import config as cfg
 from fed_dpprune.data import registry as datasets
 from fed_dpprune.federation.facts import gather
 
-KEYS = {
-    "": {"schema", "status", "reason", "name", "seed", "versions", "code_fingerprint"},
-    "accuracy": {"last", "best", "best_round"},
-    "loss": {"last"},
-    "privacy": {
-        "epsilon_max", "epsilon_median", "epsilon_by_client", "epsilon_other", "delta", "unit", "neighbouring", "sampler",
-        "accountant", "adversary", "noise_source", "side_releases", "noise_multiplier", "clip_norm", "sample_rates",
-        "nominal_sizes", "steps_by_client",
-    },
-    "bytes": {"uplink", "downlink"},
-    "sparsity": {"parameters", "live_after_pruning", "live_by_round", "representation", "provenance"},
-    "time": {"total_s", "start_s", "round_median_s", "client_compute_s", "overhead_per_round_s"},
-}  # fmt: skip
-ROUND_KEYS = {
-    "round", "accuracy", "loss", "live", "digest", "epsilon_max", "bytes_up", "bytes_down", "clients", "wall_s",
-}  # fmt: skip
-CLIENT_KEYS = {
-    "round", "client", "status", "nominal_size", "steps", "sample_rate", "noise_multiplier", "clip_norm", "epsilon",
-    "bytes_up", "bytes_down", "compute_s",
-}  # fmt: skip
 UNEVEN = {"data.partition": "dirichlet", "data.alpha": 1.0, "federation.clients-per-round": 3, "federation.rounds": 5}
-
-
-def assert_contract(out: Path) -> None:
-    """Every file and key of section 4.3."""
-    made = small_run.summary(out)
-    for table, keys in KEYS.items():
-        assert set(made[table] if table else made) >= keys, table
-    for way in ("uplink", "downlink"):
-        assert set(made["bytes"][way]) >= {"payload", "message", "dense_float32", "ratio"}
-    for row in small_run.rounds(out):
-        assert set(row) >= ROUND_KEYS
-        assert set(row["clients"]) == {"asked", "answered", "refused", "rejected"}
-    for row in small_run.clients(out):
-        assert set(row) >= CLIENT_KEYS
-    for name in ("config.toml", "ledger.sqlite", "model.safetensors", "checkpoint"):
-        assert (out / name).exists(), name
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +29,7 @@ def done(tmp_path_factory):
 
 
 def test_every_file_and_key_of_the_contract_is_there(done):
-    assert_contract(done[1])
+    small_run.assert_contract(done[1])
 
 
 def test_the_summary_that_is_written_is_the_one_that_is_returned(done):
