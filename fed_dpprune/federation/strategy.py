@@ -45,7 +45,7 @@ from fed_dpprune.sparsity.support import Support, union
 _log = logging.getLogger(__name__)
 
 NEAR_POLL_S, FAR_POLL_S = 0.005, 0.2
-MEET_S, HELLO_S, REJOIN_S = 120.0, 30.0, 3.0
+MEET_S, REJOIN_S = 120.0, 3.0
 FAILURES = ("internal-error", "ledger-failed")  # may have come after the charge; every other refusal comes before it
 
 
@@ -162,6 +162,7 @@ class Server:
         self.done = 0
         self.nodes: dict[int, int] = {}
         self._met: set[int] = set()
+        self._greeted: set[str] = set()
         self.plan: Plan
         self.book: EpsilonBook
 
@@ -365,15 +366,20 @@ class Server:
         return answers
 
     def _returned(self) -> list[int]:
-        """Partitions whose node came back under another id: a SuperNode without a key of its own gets one at each start."""
+        """Partitions whose node came back under another id: a SuperNode without a key of its own gets one at each start.
+
+        Does not wait: who is asked here has answered by a later call.
+        """
         if not self._is_far():
             return []
         fresh = [node for node in self._grid.get_node_ids() if node not in self._met]
         self._met.update(fresh)
         hello = RecordDict({"hello": ConfigRecord({"config": config_digest(self.config)})})
         asked = [new_message(self._grid, hello, messages.QUERY, node, "0") for node in fresh]
+        self._greeted.update(self._grid.push_messages(asked) if asked else ())
         back = []
-        for reply in self._pull(list(self._grid.push_messages(asked)) if asked else [], HELLO_S):
+        for reply in self._grid.pull_messages(sorted(self._greeted)) if self._greeted else ():
+            self._greeted.discard(reply.metadata.reply_to_message_id)
             partition = self._same_client(reply)
             if partition is not None:
                 self.nodes[partition] = reply.metadata.src_node_id
