@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fed_dpprune.study.figures import curves
+from fed_dpprune.study.figures import curves, frontier
 
 FIGURES: Mapping[str, Callable[[Path, Path], None]] = {
     "curves": curves.draw,
+    "frontier": frontier.draw,
 }
