@@ -70,7 +70,7 @@ def unpack_clients(blob: bytes) -> tuple[int, ...]:
 
 _drawn: OrderedDict[Hashable, RoundSupport] = OrderedDict()
 _drawing = Lock()
-DRAWN, DRAWN_LARGE, LARGE = 64, 4, 2**16  # supports kept: with one for each client they are many; of a large net, few
+LEAST, MOST, MOST_BYTES = 4, 64, 2**26  # supports remembered: with one for each client they are many; of a large net, few
 
 
 def _drawn_once(terms: Hashable, draw: Callable[[], RoundSupport]) -> RoundSupport:
@@ -80,7 +80,8 @@ def _drawn_once(terms: Hashable, draw: Callable[[], RoundSupport]) -> RoundSuppo
         if found is None:
             found = _drawn[terms] = draw()
         _drawn.move_to_end(terms)
-        most = DRAWN if found.support.d <= LARGE else DRAWN_LARGE
+        each = found.support.d + 8 * found.support.k  # mask and indices
+        most = min(MOST, max(LEAST, MOST_BYTES // max(1, each)))
         while len(_drawn) > most:
             _drawn.popitem(last=False)
         return found
