@@ -27,6 +27,7 @@ from fed_dpprune.data import registry as datasets
 from fed_dpprune.data.dataset import Dataset
 from fed_dpprune.errors import FedDPPruneError
 from fed_dpprune.federation.client import ClientRuntime, ClientSetup, HostGuard, Received
+from fed_dpprune.federation.dispatch import prompt_dispatch
 from fed_dpprune.federation.facts import gather
 from fed_dpprune.federation.inline import InlineGrid
 from fed_dpprune.federation.local_train import Share
@@ -176,6 +177,7 @@ def run_ray(clients: SimulatedClients, serve: Callable[[Grid], None], stop: thre
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
+            ring(grid)
             serve(grid)
         except BaseException as error:
             failure.append(error)
@@ -189,12 +191,13 @@ def run_ray(clients: SimulatedClients, serve: Callable[[Grid], None], stop: thre
     else:
         init["num_cpus"] = actors(clients.config)
     try:
-        run_simulation(
-            server_app=app,
-            client_app=clients.app(),
-            num_supernodes=len(clients.sizes),
-            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": init},
-        )
+        with prompt_dispatch() as ring:
+            run_simulation(
+                server_app=app,
+                client_app=clients.app(),
+                num_supernodes=len(clients.sizes),
+                backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": init},
+            )
     except Exception as error:
         if not failure:
             stop.set()
