@@ -16,7 +16,7 @@ from flwr.app import Message
 
 from fed_dpprune import config as cfg
 from fed_dpprune.errors import BadInput
-from fed_dpprune.federation import checkpoint, run_dir
+from fed_dpprune.federation import aggregate, checkpoint, messages, run_dir
 from fed_dpprune.federation.host import HostGrid
 from fed_dpprune.privacy.ledger import Ledger
 from fed_dpprune.records import read_lines
@@ -77,6 +77,22 @@ def test_the_order_of_replies_does_not_matter(conf, whole, tmp_path):
     _, grid = small_run.run(conf, tmp_path, tap=Shuffled)
     assert grid.order != sorted(grid.order)
     assert_same_run(tmp_path, whole)
+
+
+def test_values_are_added_in_order_of_partition_id(tmp_path):
+    """The order of a sum of floats is part of its result."""
+    added = []
+    mean = aggregate.mean_on_support
+
+    def watched(values):
+        added.append([value.tobytes() for value in values])
+        return mean(values)
+
+    with patch.object(aggregate, "mean_on_support", watched):
+        _, grid = small_run.run(small_run.config(), tmp_path, tap=Shuffled)
+    sent = {place: messages.payload_of(replies[0], "update") for place, replies in grid.replies.items()}
+    assert added == [[sent[number, client] for client in range(4)] for number in range(1, 5)]
+    assert grid.order != sorted(grid.order)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
