@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -156,3 +158,15 @@ def test_the_config_of_every_baseline_survives_toml(tmp_path):
         path = tmp_path / "x.toml"
         path.write_text(cfg.to_toml(conf))
         assert cfg.load(path) == conf, name
+
+
+@pytest.mark.parametrize(("preset", "times_less"), [("frugal", 200), ("austere", 800), ("extreme", 3000)])
+def test_a_preset_carries_as_little_as_it_says(preset, times_less):
+    if not os.environ.get("FED_DPPRUNE_DATA"):
+        pytest.skip("FED_DPPRUNE_DATA is unset: it names the folder of Fashion-MNIST")
+    conf = cfg.load(Path(__file__).parents[1] / "configs" / f"{preset}.toml")
+    plan = make_plan(conf, facts.gather(conf).facts)
+    assert plan.uplink.exact
+    assert plan.uplink.payload * times_less <= plan.uplink.dense_float32
+    assert plan.downlink.payload * 100 <= plan.downlink.dense_float32, "a bound: the run sends less"
+    assert plan.epsilon_max <= 2.0
