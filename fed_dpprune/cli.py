@@ -86,6 +86,7 @@ def build_parser() -> Parser:
     sub = command("plan", plan, "print every number known before a run; spends nothing", "fed-dpprune plan my.toml --json")
     _config_arguments(sub)
     sub.add_argument("--ledger", type=Path, metavar="FILE", help="say how many rounds this ledger leaves at this setting")
+    sub.add_argument("--picture", type=Path, metavar="FILE", help="draw how the clients share the labels (.png, .svg, .pdf)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command(
@@ -222,7 +223,11 @@ def plan(arguments: argparse.Namespace) -> int:
     from fed_dpprune.federation.facts import prepare
     from fed_dpprune.study.closing import planned
 
-    _, made = prepare(config)
+    gathered, made = prepare(config)
+    if arguments.picture:
+        from fed_dpprune.data import picture
+
+        picture.draw(gathered.parts, gathered.labels.y, gathered.labels.classes, arguments.picture)
     left = _rounds_left(arguments.ledger, config, made) if arguments.ledger else None
     if arguments.json:
         print(json.dumps(made.as_json() | ({"ledger": left} if left is not None else {})))

@@ -345,11 +345,12 @@ def _cross_checks(config: Config) -> None:
             raise ConfigError(
                 f"sparsity.{name}.rate", f'{part.rate} is set but sparsity.{name}.method is "none"', "choose a method"
             )
-    if sparsity.freeze.method == "magnitude" and sparsity.freeze.refresh == "run":
+    once = {"magnitude": "magnitude", "public": "snip"}
+    if sparsity.freeze.method in once and sparsity.freeze.refresh == "run":
         raise ConfigError(
             "sparsity.freeze.refresh",
-            'by magnitude, "run" would freeze what pre-pruning holds',
-            'use sparsity.prune.method = "magnitude" with sparsity.prune.inactive = "hold"',
+            f'by {sparsity.freeze.method}, "run" would freeze what pre-pruning holds',
+            f'use sparsity.prune.method = "{once[sparsity.freeze.method]}" with sparsity.prune.inactive = "hold"',
         )
     if sparsity.groups and sparsity.shared:
         raise ConfigError("sparsity.groups", "one support for all clients makes no groups", "set sparsity.shared = false")

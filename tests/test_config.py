@@ -145,6 +145,10 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("sparsity.drop.rate", {"sparsity.drop.rate": 0.5}),
     ("sparsity.prune.file", {"sparsity.prune.method": "file"}),
     ("sparsity.freeze.refresh", {"sparsity.freeze.method": "magnitude", "sparsity.freeze.refresh": "run"}),
+    (
+        "sparsity.freeze.refresh",
+        {"data.public": "digits[0:50]", "sparsity.freeze.method": "public", "sparsity.freeze.refresh": "run"},
+    ),
 ]
 
 

@@ -24,7 +24,7 @@ from fed_dpprune.comm.link import parse_link, round_time
 from fed_dpprune.comm.meter import Meter
 from fed_dpprune.comm.meter import Parcel as Metered
 from fed_dpprune.comm.validate import UpdateBound, check_update
-from fed_dpprune.errors import FedDPPruneError, RunStopped, WireError
+from fed_dpprune.errors import BadInput, FedDPPruneError, RunStopped, WireError
 from fed_dpprune.federation import aggregate, messages, uplink
 from fed_dpprune.federation.broadcast import METERED, Broadcast
 from fed_dpprune.federation.fingerprint import fingerprint
@@ -646,7 +646,17 @@ class Server:
         return state, arrays
 
     def restore(self, round: int, state: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-        """Continue after `round`."""
+        """Continue after `round`.
+
+        Raises:
+            BadInput: The checkpoint was written by a version that kept another state.
+        """
+        try:
+            self._restore(round, state, arrays)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput("the checkpoint", f"was written by another version ({error!r})", "start anew with --force") from None
+
+    def _restore(self, round: int, state: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         self.done = round
         self.broadcast.restore(state["broadcast"], arrays)
         self.optimizer.restore({n.removeprefix("optimizer-"): a for n, a in arrays.items() if n.startswith("optimizer-")})
