@@ -223,11 +223,14 @@ def serve_flower(
 def serve_loop(work: Work, rounds: int, reached: Callable[[dict[str, float]], None]) -> None:
     """Federated averaging without privacy in one process, on this project's net: one net for all clients, plain SGD.
 
-    Batches are Poisson, as everywhere; the mean is over the batch. See `serve_flower` for the arguments.
+    Batches are Poisson, as everywhere; the mean is over the batch. Freed memory stays with the process, as in ours: the
+    ratio to ours is the price of privacy and messages alone. See `serve_flower` for the arguments.
     """
     from fed_dpprune.data.npz import load_file
+    from fed_dpprune.dpsgd.allocator import keep_freed_memory
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     data = load_file(Path(work.data), "rows")
     with np.load(work.parts) as file:
         parts = np.split(file["rows"], file["edges"][1:-1])

@@ -105,7 +105,10 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
             return None
         return item
 
-    return json.dumps(clean(value), indent=indent, allow_nan=False)
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:  # not finite somewhere
+        return json.dumps(clean(value), indent=indent, allow_nan=False)
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

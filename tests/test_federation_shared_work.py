@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import numpy as np
 import pytest
 import small_run
-from flwr.app import Array, Message
+from flwr.app import Array, ConfigRecord, Message, RecordDict
 
 from fed_dpprune.federation import messages, supports
 from fed_dpprune.federation.broadcast import Parcel
@@ -42,7 +45,8 @@ def test_clients_that_unpack_alone_and_clients_that_share_give_the_same_run(tmp_
     shared, _ = small_run.run(small_run.config(), tmp_path / "shared")
     supports._drawn.clear()
     monkeypatch.setattr(Received, "get", lambda self, key: None)
-    monkeypatch.setattr(supports, "DRAWN", 0)
+    monkeypatch.setattr(supports, "LEAST", 0)
+    monkeypatch.setattr(supports, "MOST", 0)
     alone, _ = small_run.run(small_run.config(), tmp_path / "alone")
     assert shared.status == alone.status == "complete"
     assert small_run.result(tmp_path / "shared") == small_run.result(tmp_path / "alone")
@@ -84,3 +88,20 @@ def test_our_container_is_numpys_to_the_byte(size):
     made = messages.train_request({}, Parcel("sync", "", blob))["model"]
     assert made["payload"] == Array(np.frombuffer(blob, dtype=np.uint8))
     assert messages.payload_of({"model": made}, "model") == blob
+
+
+def test_counted_bytes_are_flowers_own_for_any_terms():
+    draw = random.Random(0)
+    kinds = [
+        lambda: draw.choice([True, False]),
+        lambda: draw.choice([0.0, -1.5, math.inf, 1e300]),
+        lambda: draw.choice([0, 1, -1, 63, 64, -64, -65, 127, 128, 2**31, 2**62, -(2**62), draw.randrange(-(10**6), 10**6)]),
+        lambda: "aé日" * draw.randrange(60),
+        lambda: bytes(draw.randrange(300)),
+        lambda: [draw.randrange(10 ** draw.randrange(1, 9)) for _ in range(draw.randrange(1, 9))],
+        lambda: [draw.random() for _ in range(draw.randrange(1, 30))],
+    ]
+    for _ in range(1500):
+        record = ConfigRecord({f"k{n}": draw.choice(kinds)() for n in range(draw.randrange(4))})
+        content = RecordDict({"terms": record})
+        assert messages.message_bytes(content) == small_run.deflated(content)

@@ -6,7 +6,7 @@ The allow-lists below are the whole vocabulary: a field that is not named here n
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -206,6 +206,32 @@ def _envelope_bytes(names: tuple[str, ...]) -> int:
     return len(RecordDict({name: ConfigRecord({"place": index}) for index, name in enumerate(names)}).deflate())
 
 
+_config_sizes: dict[Hashable, int] = {}
+CONFIG_SIZES = 4096
+
+
+def _config_bytes(record: ConfigRecord) -> int:
+    """The serialised bytes of a record of terms, serialised once for each set of names, types and lengths."""
+    shape = tuple((name, *_length(value)) for name, value in record.items())
+    size = _config_sizes.get(shape)
+    if size is None:
+        if len(_config_sizes) >= CONFIG_SIZES:
+            _config_sizes.clear()
+        size = _config_sizes[shape] = _tree_bytes(record)
+    return size
+
+
+def _length(value: Any) -> tuple[Hashable, ...]:
+    """What a value's serialised length depends on: whole numbers take more bytes the larger they are, fractions always eight."""
+    if isinstance(value, bool | float):
+        return (isinstance(value, bool),)
+    if isinstance(value, int):
+        return int, value < 0, max(value, ~value).bit_length()  # zigzag: -64 is as short as 63, -65 is not
+    if isinstance(value, str):
+        return str, len(value.encode())
+    return (bytes, len(value)) if isinstance(value, bytes) else (list, *map(_length, value))
+
+
 def message_bytes(content: RecordDict) -> int:
     """Bytes of the serialised content: every object that Flower would store and send for it.
 
@@ -215,6 +241,8 @@ def message_bytes(content: RecordDict) -> int:
     for record in content.values():
         if isinstance(record, ArrayRecord) and list(record) == ["payload"]:
             total += _array_bytes(record["payload"].shape[0])
+        elif isinstance(record, ConfigRecord):
+            total += _config_bytes(record)
         else:
             total += _tree_bytes(record)
     return total
