@@ -20,7 +20,7 @@ from fed_dpprune.comm.codecs.table import NAMES
 from fed_dpprune.comm.meter import KINDS
 from fed_dpprune.comm.validate import CODES
 from fed_dpprune.federation import client as client_side
-from fed_dpprune.federation import facts, messages
+from fed_dpprune.federation import facts, messages, strategy
 from fed_dpprune.federation.broadcast import Broadcast
 from fed_dpprune.federation.model_store import SharedStore
 from fed_dpprune.federation.secrets import SeededSecrets
@@ -201,6 +201,33 @@ def test_the_meter_reports_messages_beside_payloads_and_totals_by_kind(tmp_path)
         assert sum(way["by_kind"].values()) == way["payload"] < way["message"]
         assert way["ratio"] == way["payload"] / way["dense_float32"]
         assert way["message_ratio"] == way["message"] / way["dense_float32"]
+
+
+def test_a_request_that_is_sent_again_is_metered_as_a_retry(tmp_path):
+    """The first request to client 1 in round 2 is lost; its node comes back, and is asked once more."""
+
+    class Losing(Tap):
+        lost = False
+
+        def push_messages(self, messages: Any) -> Any:
+            ids = []
+            for message in messages:
+                lose = not self.lost and message.metadata.group_id == "2" and self.partitions[message.metadata.dst_node_id] == 1
+                ids += ["lost"] if lose else super().push_messages([message])
+                self.lost = self.lost or lose
+            return ids
+
+    with (
+        patch.object(Server, "_is_far", lambda self: isinstance(self, Server)),
+        patch.object(Server, "_returned", lambda self: [1]),
+        patch.object(strategy, "REJOIN_S", 0.05),
+        patch.object(strategy, "FAR_POLL_S", 0.01),
+    ):
+        outcome, _ = small_run.run(small_run.config(**{"federation.reply-timeout": 20.0}), tmp_path / "out", tap=Losing)
+    assert outcome.status == "complete", outcome.error
+    kinds = {(row["round"], row["client"]): row["downlink_kind"] for row in small_run.clients(tmp_path / "out")}
+    assert kinds[2, 1] != kinds[2, 0] == "sync"
+    assert small_run.summary(tmp_path / "out")["bytes"]["downlink"]["by_kind"]["retry"] > 0
 
 
 # ---------------------------------------------------------------- whatever a client sends, the server goes on

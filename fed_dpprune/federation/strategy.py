@@ -306,11 +306,12 @@ class Server:
             odds=odds,
         )
 
-    def _request(self, order: Order, client: int, *, resync: bool = False) -> RecordDict:
+    def _request(self, order: Order, client: int, *, resync: bool = False, retry: bool = False) -> RecordDict:
         """A client's message; counted as sent."""
         parcel = self.broadcast.parcel(client, shipped=order.shipped, resync=resync)
         content = messages.train_request(order.terms[client].to_wire(), parcel)
-        self._count(order.round, client, "down", METERED[parcel.kind], len(parcel.payload), content)
+        kind = "retry" if retry else METERED[parcel.kind]
+        self._count(order.round, client, "down", kind, len(parcel.payload), content)
         return content
 
     def _count(self, number: int, client: int, way: Any, kind: Any, payload: int, content: RecordDict) -> None:
@@ -335,17 +336,18 @@ class Server:
         answers: dict[int, Answer] = {}
         asked: dict[str, tuple[int, int]] = {}
 
-        def send(to: list[int]) -> list[str]:
+        def send(to: list[int], *, retry: bool = False) -> list[str]:
+            contents = [self._request(order, c, resync=resync, retry=retry) for c in to]
             batch = [
-                new_message(self._grid, self._request(order, c, resync=resync), messages.TRAIN, self.nodes[c], str(order.round))
-                for c in to
+                new_message(self._grid, content, messages.TRAIN, self.nodes[c], str(order.round))
+                for c, content in zip(to, contents, strict=True)
             ]
             ids = list(self._grid.push_messages(batch))
             asked.update({message_id: (c, self.nodes[c]) for message_id, c in zip(ids, to, strict=True)})
             return ids
 
         def send_again() -> list[str]:
-            return send([c for c in self._returned() if c in clients and c not in answers])
+            return send([c for c in self._returned() if c in clients and c not in answers], retry=True)
 
         def unanswered() -> bool:
             return len(answers) < len(clients)

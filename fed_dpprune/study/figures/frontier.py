@@ -92,7 +92,7 @@ def _frontier(axes: Any, arms: Sequence[Arm]) -> None:
         )  # fmt: skip
         for arm, height in zip(some, middle, strict=True):
             axes.plot([arm.payload, arm.message], [height, height], ":", color=colour, linewidth=1.0)
-            axes.annotate(arm.name, (arm.payload, height), xytext=(-4, 7), textcoords="offset points", color=colour, fontsize=8)
+            axes.annotate(arm.name, (arm.payload, height), xytext=(7, 5), textcoords="offset points", color=colour, fontsize=8)
     seeds = max(len(arm.accuracy) for arm in arms)
     epsilon = max(arm.epsilon for arm in arms)
     axes.set_xscale("log")
