@@ -170,7 +170,9 @@ def test_decoding_stays_within_the_stated_overshoot(name, numbers):
     values = np.array(numbers, dtype=np.float32)
     back = codec(name).decode(codec(name).encode(values), values.size)
     largest = float(np.abs(values).max(initial=0.0))
-    assert float(np.abs(back).max(initial=0.0)) <= largest * codec(name).overshoot + 1e-40
+    # Below 2^-14 a half float has a fixed step: the relative bound holds but for half of it.
+    least = 2.0**-25 if name == "float16" else 1e-40
+    assert float(np.abs(back).max(initial=0.0)) <= largest * codec(name).overshoot + least
 
 
 @pytest.mark.parametrize("name", NAMES)

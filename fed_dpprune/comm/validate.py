@@ -16,6 +16,7 @@ from fed_dpprune.errors import WireError
 
 CODES = ("wrong-length", "non-finite", "header", "code", "padding", "positions", "out-of-bound")
 FALSE_REJECTION = 1e-12
+HALF_STEP = 2.0**-25  # of float16 below 2^-14, where its error is absolute
 ROUNDING = 1.0 + 1e-5  # of the gradient and of the update in float32, far more than they need
 ULP = 2.0**-23  # a float32 weight stored after a step is off by at most half of this, relatively
 
@@ -81,7 +82,7 @@ class UpdateBound:
             velocity = self.momentum * velocity + self.gradient + self.weight_decay * (self.weight + moved)
             moved += self.learning_rate * velocity
             moved += ULP * (self.weight + moved)
-        return moved * self.overshoot * ROUNDING
+        return moved * self.overshoot * ROUNDING + HALF_STEP
 
 
 def check_update(values: NDArray[np.float32], k: int, bound: float) -> None:
