@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -387,8 +388,6 @@ def prepare(folder: Path, actors: int) -> Callable[[str], Any]:
     Raises:
         FedDPPruneError: There is no Fashion-MNIST.
     """
-    if not os.environ.get("FED_DPPRUNE_DATA"):
-        raise BadInput("FED_DPPRUNE_DATA", "is not set", "name a folder that holds FashionMNIST/raw")
     from fed_dpprune.data import registry
     from fed_dpprune.federation.facts import gather
 
@@ -497,14 +496,21 @@ def main() -> int:
         system, work, rounds, folder = json.loads(given.play)
         play(system, Work(**work), rounds, Path(folder))
         return 0
+    if not os.environ.get("FED_DPPRUNE_DATA"):
+        print(
+            f"federated_round: {BadInput('FED_DPPRUNE_DATA', 'is not set', 'name a folder that holds FashionMNIST/raw')}",
+            file=sys.stderr,
+        )
+        return 2
     rows: list[dict[str, Any]] = []
+    scratch = Path(tempfile.mkdtemp(prefix="federated-round-"))
     try:
-        with tempfile.TemporaryDirectory(prefix="federated-round-") as scratch:
-            turns = len(given.models) * len(given.systems) * (WARM_UP + given.rounds)
-            with progress(turns) as told:
-                work_of = prepare(Path(scratch), given.actors)
-                for model in given.models:
-                    rows += measure(work_of(model), given.systems, given.rounds, Path(scratch), told)
+        turns = len(given.models) * len(given.systems) * (WARM_UP + given.rounds)
+        with progress(turns) as told:
+            work_of = prepare(scratch, given.actors)
+            for model in given.models:
+                rows += measure(work_of(model), given.systems, given.rounds, scratch, told)
+        shutil.rmtree(scratch)  # after a failure it stays: the error names a log in it
     except FedDPPruneError as error:
         print(f"federated_round: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
