@@ -111,6 +111,7 @@ class Federation(Section):
     local_steps: Count = 2
     min_clients: Count = 2
     reply_timeout: Positive = 600.0
+    evaluate_every: Count = 1
     actors: Annotated[int, Field(ge=0)] = 0
     ray_address: str = ""
 

@@ -149,7 +149,8 @@ def quiet_screen(log_path: Path) -> Iterator[Screen]:
 
 def figures(record: RoundRecord, epsilon: float, megabytes: float) -> str:
     """The numbers of a round as the screen shows them."""
-    return f"accuracy {record.accuracy:.3f}  epsilon {epsilon:.2f}  {megabytes:.2f} MB up"
+    accuracy = "" if record.accuracy is None else f"accuracy {record.accuracy:.3f}  "
+    return f"{accuracy}epsilon {epsilon:.2f}  {megabytes:.2f} MB up"
 
 
 class Progress:

@@ -30,11 +30,14 @@ class ClientCounts:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One line of rounds.jsonl. Bytes are payload bytes of the round, all clients together; `message_*` the whole messages."""
+    """One line of rounds.jsonl. Bytes are payload bytes of the round, all clients together; `message_*` the whole messages.
+
+    `accuracy` and `loss` are None where the test data was not looked at (`federation.evaluate-every`).
+    """
 
     round: int
-    accuracy: float
-    loss: float
+    accuracy: float | None
+    loss: float | None
     live: int
     digest: str
     epsilon_max: float

@@ -28,6 +28,7 @@ COMMENTS: dict[str, str] = {
     "federation.local-steps": "private steps of each client in each round; all are charged",
     "federation.min-clients": "fewer answers than this end the run (exit 3)",
     "federation.reply-timeout": "seconds to wait for a client",
+    "federation.evaluate-every": "the test data is looked at in every n-th round, and in the last",
     "federation.actors": "client processes; 0: one per core",
     "federation.ray-address": "an existing Ray cluster; empty: this machine",
     "sparsity.granularity": "element | row | channel | layer",

@@ -35,10 +35,8 @@ class LogObserver:
 
     def round_done(self, record: RoundRecord, rounds: int, epsilon_so_far: float, megabytes: float) -> None:
         """As in Observer."""
-        _log.info(
-            "round %d/%d accuracy %.4f epsilon so far %.4f uplink %.3f MB",
-            record.round, rounds, record.accuracy, epsilon_so_far, megabytes,
-        )  # fmt: skip
+        accuracy = "" if record.accuracy is None else f"accuracy {record.accuracy:.4f} "
+        _log.info("round %d/%d %sepsilon so far %.4f uplink %.3f MB", record.round, rounds, accuracy, epsilon_so_far, megabytes)
 
     def note(self, text: str) -> None:
         """As in Observer."""

@@ -524,7 +524,9 @@ class Server:
 
     def _record(self, order: Order, answers: dict[int, Answer], *, aggregated: bool) -> None:
         """Evaluate, account, write and tell."""
-        accuracy, loss = self.world.evaluate(self.broadcast.model)
+        last = order.round == self.config.federation.rounds or not aggregated
+        due = last or order.round % self.config.federation.evaluate_every == 0
+        accuracy, loss = self.world.evaluate(self.broadcast.model) if due else (None, None)
         for client, answer in answers.items():
             self.steps[client] = self.steps.get(client, 0) + self._charged_steps(order.terms[client], answer)
         clients = [self._client_record(order, client, answers[client]) for client in sorted(order.terms)]

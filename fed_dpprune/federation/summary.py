@@ -116,7 +116,8 @@ def make(
         charged: Steps by client in the ledger.
         final: False while the run goes on: figures that cost seconds are left out.
     """
-    best = max(rounds, key=lambda r: (r.accuracy, -r.round), default=None)
+    measured = [(r.accuracy, -r.round) for r in rounds if r.accuracy is not None]
+    best, best_round = max(measured, default=(None, None))
     survivors = server.world.begin.survivors
     return {
         "schema": SCHEMA,
@@ -130,8 +131,8 @@ def make(
         "rounds_planned": config.federation.rounds,
         "accuracy": {
             "last": rounds[-1].accuracy if rounds else None,
-            "best": best.accuracy if best else None,
-            "best_round": best.round if best else None,
+            "best": best,
+            "best_round": None if best_round is None else -best_round,
         },
         "loss": {"last": rounds[-1].loss if rounds else None},
         "privacy": _privacy(server, noise_source, charged, final),

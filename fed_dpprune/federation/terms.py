@@ -20,7 +20,10 @@ from fed_dpprune.errors import ClientFault
 PROTOCOL = 1
 
 # What may differ between two runs without changing what is computed, or belongs to one end alone.
-_LOCAL_KEYS = ("name", "federation.backend", "federation.actors", "federation.ray-address", "federation.reply-timeout")
+_LOCAL_KEYS = (
+    "name", "federation.backend", "federation.actors", "federation.ray-address", "federation.reply-timeout",
+    "federation.evaluate-every",
+)  # fmt: skip
 _LOCAL_TABLES = ("policy.", "wire.link", "engine.micro-batch")
 
 # Every status a reply may carry. All that ever leaves a client that does not answer is one of these words.

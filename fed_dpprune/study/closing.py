@@ -60,6 +60,8 @@ def closing(made: dict[str, Any], plan: Plan, config: Config, out: Path) -> Iter
             f"accuracy   {accuracy['last']:.4f} on held-out test data after the last round "
             f"(best {accuracy['best']:.4f} in round {accuracy['best_round']})"
         )
+    elif accuracy["best"] is not None:
+        yield f"accuracy   {accuracy['best']:.4f} in round {accuracy['best_round']}, the best so far; not measured after the last round"
     for index, line in enumerate(claim(plan, config, made)):
         yield ("privacy    " if index == 0 else "           ") + line
     for way in ("uplink", "downlink"):

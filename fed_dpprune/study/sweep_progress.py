@@ -52,7 +52,7 @@ class SweepProgress:
             self._lines[label] = self._bar.add_task(label, total=None, figures="starting")
         elif event[0] == "round":
             _, round_, rounds, accuracy, epsilon, _ = event
-            shown = f"accuracy {accuracy:.3f}  epsilon {epsilon:.2f}"
+            shown = f"accuracy {number(accuracy, '.3f')}  epsilon {epsilon:.2f}"
             self._bar.update(self._lines[label], total=rounds, completed=round_, figures=shown)
         elif event[0] == "phase":
             self._bar.update(self._lines[label], figures=event[1])

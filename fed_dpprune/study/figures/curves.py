@@ -41,7 +41,7 @@ def from_records(records: Sequence[RoundRecord], *, delta: float, dense_bytes_up
     """The curves of records in memory."""
     return Curves(
         [record.round for record in records],
-        [record.accuracy for record in records],
+        [_number(record.accuracy) for record in records],
         [record.epsilon_max for record in records],
         list(accumulate(record.bytes_up for record in records)),
         dense_bytes_up,
@@ -127,8 +127,9 @@ def _over_bytes(axes: Any, curves: Curves) -> None:
 
 
 def _accuracy_line(axes: Any, across: Sequence[float], curves: Curves) -> None:
-    every = style.mark_every(len(across))
-    axes.plot(across, curves.accuracy, "-o", color=style.BLUE, markevery=every, clip_on=False)
+    points = list(zip(across, curves.accuracy, strict=True))
+    measured = [point for point in points if math.isfinite(point[1])] or points
+    axes.plot(*zip(*measured, strict=True), "-o", color=style.BLUE, markevery=style.mark_every(len(measured)), clip_on=False)
     axes.set(ylabel="test accuracy", ylim=(0, 1))
 
 
