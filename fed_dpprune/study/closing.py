@@ -61,7 +61,7 @@ def closing(made: dict[str, Any], plan: Plan, config: Config, out: Path) -> Iter
             f"(best {accuracy['best']:.4f} in round {accuracy['best_round']})"
         )
     elif accuracy["best"] is not None:
-        yield f"accuracy   {accuracy['best']:.4f} in round {accuracy['best_round']}, the best so far; not measured after the last round"
+        yield f"accuracy   {accuracy['best']:.4f} in round {accuracy['best_round']}; after the last round it was not measured"
     for index, line in enumerate(claim(plan, config, made)):
         yield ("privacy    " if index == 0 else "           ") + line
     for way in ("uplink", "downlink"):
