@@ -38,6 +38,14 @@ PARTIAL: dict[str, Any] = {
     "server.momentum": 0.5,
     "model.hidden": [8],
 }
+# Nearly all survivors live, so that after two missed rounds who answered makes the changes longer than the model.
+NEWEST: dict[str, Any] = {
+    **PARTIAL,
+    "sparsity.prune.method": "random",
+    "sparsity.shared": False,
+    "sparsity.freeze.rate": 0.1,
+    "federation.clients": 9,
+}
 SUPPORTS: dict[str, dict[str, Any]] = {
     "shared": {},
     "each its own": {"sparsity.shared": False},
@@ -119,6 +127,19 @@ def test_every_client_trains_from_the_servers_model_to_the_bit(downlink, support
     assert max(gaps) > 1, "no client missed a round: the draw of cohorts no longer tests anything"
 
 
+def test_the_newest_model_is_sent_where_it_is_smaller_than_what_changed(tmp_path):
+    """Who answered in the missed rounds comes on top of the values, and these are nearly all of the model."""
+    conf = small_run.config(**{**NEWEST, "federation.rounds": 12})
+    grid, trained, versions = run_apart(conf, tmp_path, (0, 0))
+    for (number, client), weights in trained.items():
+        assert weights.tobytes() == versions[number - 1].tobytes(), (number, client)
+    sent = [content for contents in grid.requests.values() for content in contents]
+    sizes = {kind: [small_run.payload_bytes(c) for c in sent if c["request"]["kind"] == kind] for kind in ("newest", "sync")}
+    assert sizes["newest"] and max(sizes["sync"]) <= max(sizes["newest"])
+    assert len(set(sizes["newest"])) == 1, "the values of all survivors, whatever was missed"
+    assert "newest" not in small_run.summary(tmp_path / "out")["bytes"]["downlink"]["by_kind"], "it is metered as a sync"
+
+
 def test_error_feedback_and_the_plain_quantiser_send_different_models(tmp_path):
     models = []
     for feedback in (True, False):
@@ -145,6 +166,11 @@ PRICED: dict[str, dict[str, Any]] = {
         "wire.downlink": "int8",
     },
     "drops": {"sparsity.drop.method": "random", "sparsity.drop.rate": 0.5, "federation.local-steps": 3},
+    "drops, each its own": {**SUPPORTS["each its own"], "sparsity.drop.method": "random", "sparsity.drop.rate": 0.5},
+    "rows": {**PARTIAL, "sparsity.granularity": "row", "wire.uplink": "level2"},
+    "channels, each its own": {**PARTIAL, **SUPPORTS["each its own"], "sparsity.granularity": "channel", "wire.downlink": "int8"},
+    "layers": {"sparsity.granularity": "layer", "sparsity.freeze.rate": 0.5, "sparsity.freeze.refresh": "step"},
+    "newest": NEWEST,
 }
 
 
@@ -163,7 +189,7 @@ BOUNDED: dict[str, dict[str, Any]] = {
     "odds, each its own": {**PARTIAL, **SUPPORTS["odds, each its own"], "wire.downlink": "level2"},
     "odds, each its own, float32": {**PARTIAL, **SUPPORTS["odds, each its own"]},
     "by magnitude": {**PARTIAL, "sparsity.freeze.method": "magnitude"},
-    "each its own, drops": {**SUPPORTS["each its own"], "sparsity.drop.method": "random", "sparsity.drop.rate": 0.5},
+    "rows of a scored net": {**PARTIAL, "sparsity.prune.method": "synflow", "sparsity.granularity": "row"},
 }
 
 
@@ -196,11 +222,16 @@ def test_who_answered_is_told_in_bits():
 
 
 def test_the_meter_reports_messages_beside_payloads_and_totals_by_kind(tmp_path):
-    small_run.run(small_run.config(**PARTIAL), tmp_path / "out")
-    for way in small_run.summary(tmp_path / "out")["bytes"].values():
-        assert sum(way["by_kind"].values()) == way["payload"] < way["message"]
+    small_run.run(small_run.config(**{**RANDOM, **PARTIAL}), tmp_path / "out")
+    for name, way in small_run.summary(tmp_path / "out")["bytes"].items():
+        assert sum(way["by_kind"].values()) == way["payload"] < way["message"] == sum(way["message_by_kind"].values())
         assert way["ratio"] == way["payload"] / way["dense_float32"]
         assert way["message_ratio"] == way["message"] / way["dense_float32"]
+        assert (way["planned"], way["planned_exact"]) == (way["payload"], True)
+        end = {"uplink": "up", "downlink": "down"}[name]
+        for lines in (small_run.rounds(tmp_path / "out"), small_run.clients(tmp_path / "out")):
+            assert way["dense_float32"] == sum(line[f"dense_{end}"] for line in lines)
+            assert all(line[f"planned_{end}"] == line[f"bytes_{end}"] for line in lines)
 
 
 def test_a_request_that_is_sent_again_is_metered_as_a_retry(tmp_path):

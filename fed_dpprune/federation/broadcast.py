@@ -2,7 +2,8 @@
 
 A client is sent the start of the run once (`start`: what it cannot make itself), later only what changed since the round
 it last saw: the values on the changed coordinates (`sync`), or the missed rounds' quantised releases one after the other
-(`replay`), whichever is smaller; and the whole pruned model when it is new (`join`) or has lost its state (`resync`).
+(`replay`), or the whole pruned model (`newest`), whichever is smallest; and the whole pruned model when it is new (`join`)
+or has lost its state (`resync`).
 Which coordinates changed is recomputed by the client wherever it can be (from who answered, a bit for each client, where
 supports are not shared); else their positions travel, packed.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,8 @@ from fed_dpprune.federation.supports import changes_follow, follows_from_clients
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.support import Support, union
 
-KINDS = ("start", "join", "sync", "replay", "resync")
-METERED = {"start": "join", "join": "join", "sync": "sync", "replay": "sync", "resync": "resync"}
+KINDS = ("start", "join", "sync", "replay", "newest", "resync")
+METERED = {"start": "join", "join": "join", "sync": "sync", "replay": "sync", "newest": "sync", "resync": "resync"}
 PLAIN = "float32"
 
 
@@ -144,6 +146,8 @@ class Broadcast:
             odds = tuple(o for v in self._missed(base) for o in self.changes[v].odds)
             told = self._told(base) if follows_from_clients(self.config.sparsity, len(self._missed(base))) else b""
             answered = (len(self._missed(base)) if told else 0, len(told))
+            if len(told) + len(body) > self._whole:  # a mask of many missed rounds, or who answered in them, can be longer
+                return Parcel("newest", "", mask + self._join(values=True), (), size)
             return Parcel(kind, self.digests[base], mask + told + body, odds, size, positions, answered)
         if self.version == 0 and not resync:
             return Parcel("start", "", mask + self._join(values=not start.weights_are_public(self.config)), (), size)
@@ -179,6 +183,11 @@ class Broadcast:
             if len(replay) < len(values):
                 return "replay", replay, (0, 0)
         return "sync", positions + values, (0, 0) if follows else (changed.k, len(positions))
+
+    @cached_property
+    def _whole(self) -> int:
+        """Bytes of the newest model, packed: the same in every round."""
+        return len(self._join(values=True))
 
     def _join(self, *, values: bool) -> bytes:
         mask = None if start.mask_is_public(self.config) else self.begin.survivors.indices
