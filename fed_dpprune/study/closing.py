@@ -69,6 +69,11 @@ def closing(made: dict[str, Any], plan: Plan, config: Config, out: Path) -> Iter
                 f"{way:<10} {megabytes(count['payload'])} payload, {count['ratio']:.1%} of dense float32 "
                 f"({megabytes(count['message'])} as messages, {count['message_ratio']:.1%})"
             )
+    if seconds.get("link_s") is not None:
+        yield (
+            f"link       {seconds['link_s']:.3g} s for the messages of all rounds over {config.wire.link!r} (a model; nothing "
+            f"waited for it), beside {seconds['client_compute_s']:.3g} s of the clients' computing"
+        )
     live = sparsity["live_by_round"]
     if live:
         yield (
