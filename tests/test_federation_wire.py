@@ -20,7 +20,7 @@ from fed_dpprune.comm.codecs.table import NAMES
 from fed_dpprune.comm.meter import KINDS
 from fed_dpprune.comm.validate import CODES
 from fed_dpprune.federation import client as client_side
-from fed_dpprune.federation import facts, messages, strategy
+from fed_dpprune.federation import facts, messages, strategy, uplink
 from fed_dpprune.federation.broadcast import Broadcast
 from fed_dpprune.federation.model_store import SharedStore
 from fed_dpprune.federation.secrets import SeededSecrets
@@ -149,6 +149,33 @@ def test_error_feedback_and_the_plain_quantiser_send_different_models(tmp_path):
     assert models[0] != models[1]
 
 
+STOCHASTIC: dict[str, Any] = {**PARTIAL, "wire.uplink": "int8", "wire.downlink": "int4", "wire.rounding": "stochastic"}
+
+
+def test_rounding_by_chance_is_the_same_at_both_ends(tmp_path):
+    conf = small_run.config(**{**STOCHASTIC, "wire.error-feedback": True})
+    _, trained, versions = run_apart(conf, tmp_path, (0, 0))
+    for (number, client), weights in trained.items():
+        assert weights.tobytes() == versions[number - 1].tobytes(), (number, client)
+    small_run.run(small_run.config(**{**STOCHASTIC, "wire.error-feedback": True, "wire.rounding": "nearest"}), tmp_path / "near")
+    assert (tmp_path / "near" / "model.safetensors").read_bytes() != (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_rounding_by_chance_averages_out_over_clients_and_rounds():
+    """Words that two messages share would add up their errors: as many messages would be no better than one."""
+    wire = small_run.config(**STOCHASTIC).wire.model_copy(update={"uplink": "int4"})
+    values = np.random.default_rng(0).standard_normal(600)
+    errors = [
+        uplink.decode(wire, uplink.encode(wire, values, uplink.dither(wire, 3, "up", number, client)), 600) - values
+        for number in range(1, 11)
+        for client in range(40)
+    ]
+    step = np.abs(values).max() / 7
+    assert np.mean(np.square(errors)) == pytest.approx(step**2 / 6, rel=0.05)
+    assert np.mean(np.square(np.mean(errors, axis=0))) == pytest.approx(step**2 / 6 / 400, rel=0.2)
+    assert uplink.dither(small_run.config().wire, 3, "up", 1, 1) is None
+
+
 RANDOM = {"sparsity.prune.method": "random"}
 PRICED: dict[str, dict[str, Any]] = {
     "shared, float32": {},
@@ -171,6 +198,7 @@ PRICED: dict[str, dict[str, Any]] = {
     "channels, each its own": {**PARTIAL, **SUPPORTS["each its own"], "sparsity.granularity": "channel", "wire.downlink": "int8"},
     "layers": {"sparsity.granularity": "layer", "sparsity.freeze.rate": 0.5, "sparsity.freeze.refresh": "step"},
     "newest": NEWEST,
+    "rounding by chance": STOCHASTIC,
 }
 
 
@@ -286,7 +314,10 @@ def damaged(content: RecordDict, rng: np.random.Generator) -> RecordDict:
         elif kind == 4:
             records.pop("update", None)
         elif kind == 5:
-            array = Array(dtype=str(rng.choice(["uint8", "float32", "O", "nonsense"])), shape=(1 << 40,), stype="x", data=blob)
+            kept = 128 * int(rng.integers(2))
+            size = (1 << 40, kept - 128, -1, len(blob))[int(rng.integers(4))]  # kept - 128 is what a sum alone would accept
+            words = str(rng.choice(["uint8", "uint8", "float32", "nonsense"])), str(rng.choice(["x", "numpy.ndarray"]))
+            array = Array(dtype=words[0], shape=(size,), stype=words[1], data=blob[:kept])
             records["update"] = ArrayRecord({"payload": array})
         elif kind == 6:
             records["update"] = ArrayRecord({"other": Array(np.zeros(3)), "payload": Array(np.zeros((2, 2), dtype=np.uint8))})
@@ -304,8 +335,8 @@ def damaged(content: RecordDict, rng: np.random.Generator) -> RecordDict:
 def judged(tmp_path_factory) -> list[tuple[Server, Order, int, Message]]:
     """A server in the midst of a round, and a client's honest reply, for codecs of each kind."""
     found: list[tuple[Server, Order, int, Message]] = []
-    for uplink in ("float32", "int4", "sign"):
-        conf = small_run.config(**{"wire.uplink": uplink, "federation.rounds": 2})
+    for name in ("float32", "int4", "sign"):
+        conf = small_run.config(**{"wire.uplink": name, "federation.rounds": 2})
         judge = Server._judge
 
         def keep(self: Server, order: Order, client: int, message: Message, judge: Any = judge) -> Answer:
@@ -314,7 +345,7 @@ def judged(tmp_path_factory) -> list[tuple[Server, Order, int, Message]]:
             return judge(self, order, client, message)
 
         with patch.object(Server, "_judge", keep):
-            small_run.run(conf, tmp_path_factory.mktemp(uplink) / "out")
+            small_run.run(conf, tmp_path_factory.mktemp(name) / "out")
     return found
 
 

@@ -28,6 +28,7 @@ from fed_dpprune.federation import start
 from fed_dpprune.federation.model_store import model_digest
 from fed_dpprune.federation.start import Vector
 from fed_dpprune.federation.supports import changes_follow, follows_from_clients, pack_clients
+from fed_dpprune.federation.uplink import dither
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.support import Support, union
 
@@ -120,7 +121,8 @@ class Broadcast:
             model = wanted
         else:
             index = support.indices
-            blob, applied = self._release.release(index, wanted[index] - self.model[index])
+            bits = dither(self.config.wire, self.config.seed, "down", self.version)
+            blob, applied = self._release.release(index, wanted[index] - self.model[index], bits=bits)
             model = self.model.copy()
             model[index] += applied
         self.version += 1
