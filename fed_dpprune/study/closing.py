@@ -112,6 +112,12 @@ def planned(plan: Plan, config: Config) -> Iterator[str]:
         rounds = "  ".join(f"{r}: {megabytes(way.payload_by_round[r - 1])}" for r in _sampled(fed.rounds))
         share = way.payload / way.dense_float32 if way.dense_float32 else 0.0
         yield f"{name:<10} {megabytes(way.payload)} payload, {share:.1%} of dense float32; by round {rounds}{_bound(way.exact)}"
+        if way.positions is not None:
+            n, k = way.positions.n, way.positions.k
+            yield (
+                f"           with up to {megabytes(way.positions.most)} of positions a message, {k:,} of {n:,}; "
+                f"entropy bound {megabytes(way.positions.entropy_bound)}"
+            )
     if plan.max_rounds is not None:
         yield f"budget     allows {plan.max_rounds} rounds for a client that is asked in each of them"
     yield from (f"warning    {text}" for text in plan.warnings)
