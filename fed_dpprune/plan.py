@@ -16,6 +16,7 @@ import numpy as np
 from fed_dpprune import config as cfg
 from fed_dpprune.comm.arithmetic import selected_payload
 from fed_dpprune.comm.codecs.table import codec
+from fed_dpprune.comm.downlink import MOST_KEPT
 from fed_dpprune.comm.masks import entropy_bound_bytes, packed_size_bound
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.models.flat import Layout
@@ -439,6 +440,9 @@ class _Downlink:
         """What a client that last took part in round `seen` is sent: the smallest of changes, releases, newest model."""
         change, exact = self._change(seen, round)
         whole = self._mask + FLOAT32 * self._values
+        moved = [self._union(r, r) for r in range(seen, round)]
+        if sum(size for size, _ in moved) > MOST_KEPT * self._survivors:
+            return whole, self._mask_exact and all(known for _, known in moved)  # a bound in any case: nothing sent is longer
         # A mask of unknown length cannot make the model the smaller one as long as its values alone are not.
         return min(change, whole), exact and (self._mask_exact or change <= whole - self._mask)
 

@@ -17,6 +17,7 @@ from test_comm_fuzz import mutate
 
 from fed_dpprune import config as cfg
 from fed_dpprune.comm.codecs.table import NAMES
+from fed_dpprune.comm.downlink import MOST_KEPT
 from fed_dpprune.comm.meter import KINDS
 from fed_dpprune.comm.validate import CODES
 from fed_dpprune.federation import client as client_side
@@ -46,6 +47,8 @@ NEWEST: dict[str, Any] = {
     "sparsity.freeze.rate": 0.1,
     "federation.clients": 9,
 }
+# One support for the run: the changes stay small, however many rounds were missed.
+LONG_AWAY: dict[str, Any] = {**NEWEST, "sparsity.shared": True, "sparsity.freeze.refresh": "run", "federation.rounds": 12}
 SUPPORTS: dict[str, dict[str, Any]] = {
     "shared": {},
     "each its own": {"sparsity.shared": False},
@@ -149,6 +152,24 @@ def test_error_feedback_and_the_plain_quantiser_send_different_models(tmp_path):
     assert models[0] != models[1]
 
 
+@pytest.mark.parametrize("lossy", [False, True])
+def test_the_server_keeps_few_changes_and_who_was_long_away_gets_the_newest_model(lossy, tmp_path):
+    conf = small_run.config(**{**LONG_AWAY, "wire.downlink": "int8" if lossy else "float32"})
+    kept: list[float] = []
+    acknowledged = Broadcast.acknowledged
+
+    def count(self: Broadcast, client: int, version: int) -> None:
+        kept.append(sum(change.support.k for change in self.changes.values()) / self.begin.survivors.k)
+        acknowledged(self, client, version)
+
+    with patch.object(Broadcast, "acknowledged", count):
+        grid, trained, versions = run_apart(conf, tmp_path, (0, 0))
+    assert 3.0 < max(kept) <= MOST_KEPT
+    for (number, client), weights in trained.items():
+        assert weights.tobytes() == versions[number - 1].tobytes(), (number, client)
+    assert "newest" in {content["request"]["kind"] for contents in grid.requests.values() for content in contents}
+
+
 STOCHASTIC: dict[str, Any] = {**PARTIAL, "wire.uplink": "int8", "wire.downlink": "int4", "wire.rounding": "stochastic"}
 
 
@@ -199,6 +220,7 @@ PRICED: dict[str, dict[str, Any]] = {
     "layers": {"sparsity.granularity": "layer", "sparsity.freeze.rate": 0.5, "sparsity.freeze.refresh": "step"},
     "newest": NEWEST,
     "rounding by chance": STOCHASTIC,
+    "long away": LONG_AWAY,
 }
 
 

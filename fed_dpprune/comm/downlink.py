@@ -17,6 +17,8 @@ from fed_dpprune.comm.codecs.table import Codec
 from fed_dpprune.comm.masks import pack_positions, unpack_positions
 from fed_dpprune.errors import WireError
 
+MOST_KEPT = 4  # values of past rounds that a server keeps for each survivor; who missed more is sent the newest model
+
 
 def encode_join(
     mask_positions: NDArray[np.int64] | None,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fed_dpprune import config as cfg
 from fed_dpprune.comm.codecs.table import codec
-from fed_dpprune.comm.downlink import decode_sync, encode_join, encode_sync, join_replay, split_replay
+from fed_dpprune.comm.downlink import MOST_KEPT, decode_sync, encode_join, encode_sync, join_replay, split_replay
 from fed_dpprune.comm.feedback import Downlink
 from fed_dpprune.comm.masks import pack_positions, unpack_positions
 from fed_dpprune.errors import WireError
@@ -130,9 +130,17 @@ class Broadcast:
         self._made.clear()
         self.digests.append(model_digest(model))
         self.changes[self.version] = Change(support, odds, blob, clients)
-        oldest = min(self.held.values(), default=self.version)
+        self._forget(min(self.held.values(), default=self.version))
+
+    def _forget(self, oldest: int) -> None:
+        """Drop the changes that every client has, and the first ones beyond `MOST_KEPT`: a client may never come back."""
         for version in [v for v in self.changes if v <= oldest]:
             del self.changes[version]
+        kept = sum(change.support.k for change in self.changes.values())
+        for version in sorted(self.changes):
+            if kept <= MOST_KEPT * self.begin.survivors.k:
+                break
+            kept -= self.changes.pop(version).support.k
 
     def acknowledged(self, client: int, version: int) -> None:
         """The client answered from `version`, so it holds it."""
@@ -144,6 +152,8 @@ class Broadcast:
         size = (0, 0) if shipped is None else (shipped.k, len(mask))
         base = self.held.get(client)
         if base is not None and not resync:
+            if base < self.version and base + 1 not in self.changes:
+                return Parcel("newest", "", mask + self._join(values=True), (), size)
             kind, body, positions = self._update(base)
             odds = tuple(o for v in self._missed(base) for o in self.changes[v].odds)
             told = self._told(base) if follows_from_clients(self.config.sparsity, len(self._missed(base))) else b""
