@@ -4,7 +4,8 @@
 
 `encode` is what a sender does: take the live values out of the flat vector, make bytes. `decode` is what a receiver
 does: make values, put them into the flat vector. `ratio` is payload bytes / dense float32 bytes of the whole vector,
-`time_ratio` encode plus decode against float32's. One core. The last rows pack and unpack the positions themselves.
+`time_ratio` encode plus decode against float32's. CPU time of one core: other work on the machine costs caches, not turns.
+The last row packs and unpacks the positions themselves.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from fed_dpprune.sparsity.support import draw_positions
 
 
 def milliseconds(work: Callable[[], object], repeats: int) -> float:
-    """Median wall time of `work`, after one call to warm up."""
+    """Median CPU time of `work`, which runs on one thread, after one call to warm up."""
     work()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e3 * (time.process_time() - start))
     return statistics.median(times)
 
 

@@ -214,6 +214,7 @@ class Wire(Section):
     uplink: Literal["float32", "float16", "bfloat16", "int8", "int4", "level3", "level2", "sign"] = "float32"
     downlink: Literal["float32", "float16", "bfloat16", "int8", "int4", "level3", "level2", "sign"] = "float32"
     error_feedback: bool = False
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     select: Literal["none", "top-k", "top-k-private"] = "none"
     select_rate: Rate = 0.0
     link: str = ""
@@ -369,6 +370,8 @@ def _cross_checks(config: Config) -> None:
     _check_select(config.wire)
     if config.wire.error_feedback and config.wire.downlink == "float32":
         raise ConfigError("wire.error-feedback", "a float32 downlink leaves no error to feed back", "set wire.downlink")
+    if config.wire.rounding == "stochastic" and not {config.wire.uplink, config.wire.downlink} & {"int8", "int4"}:
+        raise ConfigError("wire.rounding", "only int8 and int4 can round by chance", "set wire.uplink or wire.downlink to one")
     if sparsity.prune.method == "file" and not sparsity.prune.file:
         raise ConfigError("sparsity.prune.file", 'it is empty but sparsity.prune.method is "file"', "name a saved support")
 

@@ -6,8 +6,9 @@ Read first: `make_plan`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,16 @@ import numpy as np
 from fed_dpprune import config as cfg
 from fed_dpprune.comm.arithmetic import selected_payload
 from fed_dpprune.comm.codecs.table import codec
-from fed_dpprune.comm.masks import packed_size_bound
+from fed_dpprune.comm.downlink import MOST_KEPT
+from fed_dpprune.comm.masks import entropy_bound_bytes, packed_size_bound
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.privacy import calibration
 from fed_dpprune.privacy.accountants import table as accountants
 from fed_dpprune.privacy.history import Entry
-from fed_dpprune.sparsity.prune import survivors_count
+from fed_dpprune.sparsity.prune import drawn, survivors_count
 from fed_dpprune.sparsity.recipe import group, round_support
-from fed_dpprune.sparsity.schedule import live_by_round
+from fed_dpprune.sparsity.schedule import live_by_round, steps_differ
 from fed_dpprune.sparsity.support import Support, draw_positions, frozen_count, union
 
 FLOAT32 = 4
@@ -46,18 +48,47 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """A packed support of k among n: the most bytes that it takes, and what no code beats on average over all such supports."""
+
+    n: int
+    k: int
+
+    @property
+    def most(self) -> int:
+        """Bytes of `comm.masks.pack_positions` at most."""
+        return packed_size_bound(self.n, self.k)
+
+    @property
+    def entropy_bound(self) -> int:
+        """ceil(log2 C(n, k) / 8) bytes."""
+        return entropy_bound_bytes(self.n, self.k)
+
+    def as_json(self) -> dict[str, int]:
+        """For `plan --json`."""
+        return {"n": self.n, "k": self.k, "bytes": self.most, "entropy_bound": self.entropy_bound}
+
+
+@dataclass(frozen=True)
 class Traffic:
     """Payload bytes of one direction.
 
     Attributes:
-        payload_by_round: Over all clients of the round.
+        payload_by_client: Of each round, by client asked.
         dense_float32: What dense float32 values would have taken over the run.
         exact: False where it is an upper bound.
+        positions: Of the largest packed support in a message, where one travels.
     """
 
-    payload_by_round: tuple[int, ...]
+    payload_by_client: tuple[Mapping[int, int], ...]
     dense_float32: int
     exact: bool = True
+    positions: Positions | None = None
+
+    @cached_property
+    def payload_by_round(self) -> tuple[int, ...]:
+        """Over all clients of each round."""
+        return tuple(sum(sizes.values()) for sizes in self.payload_by_client)
 
     @property
     def payload(self) -> int:
@@ -101,6 +132,7 @@ class Plan:
                 "dense_float32": way.dense_float32,
                 "ratio": way.payload / way.dense_float32 if way.dense_float32 else None,
                 "exact": way.exact,
+                "positions": way.positions.as_json() if way.positions else None,
             }
 
         return {
@@ -265,6 +297,24 @@ def _draws_known(config: cfg.Config) -> bool:
     return not methods and (sparsity.freeze.odds == "uniform" or sparsity.freeze.method == "none")
 
 
+def _mask_is_public(config: cfg.Config) -> bool:
+    """Whether pre-pruning follows from public streams (the rule of `federation.start.mask_is_public`)."""
+    return config.sparsity.prune.method in ("none", "random")
+
+
+def _survivors(config: cfg.Config, layout: Layout) -> Support:
+    """What pre-pruning leaves, drawn where both ends draw it; else a stand-in with the largest size that it can have.
+
+    Positions inside the survivors are all that a uniform draw of coordinates depends on, so any of this size will do for
+    it. Rows and channels depend on which coordinates they are: without them the counts of the plan are bounds.
+    """
+    sparsity = config.sparsity
+    if _mask_is_public(config):
+        return drawn(sparsity.prune, layout, config.seed, sparsity.granularity)
+    count = survivors_count(sparsity.prune, layout, sparsity.granularity)
+    return Support(np.arange(count, dtype=np.int64), layout.d)
+
+
 def _positions_travel(config: cfg.Config, missed: int) -> bool:
     """Whether a client must be sent which coordinates changed (the rule of `federation.supports.changes_follow`)."""
     sparsity = config.sparsity
@@ -282,47 +332,56 @@ class _LiveCounts:
         cohorts: Who is asked in each round: where supports are not shared, a round moves the union of theirs.
 
     Attributes:
-        by_round: Coordinates of one client's update.
+        by_round: Coordinates of one client's update, the largest where clients differ.
         exact: Whether these are exact.
     """
 
-    def __init__(self, config: cfg.Config, layout: Layout, survivors: int, cohorts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, config: cfg.Config, layout: Layout, survivors: Support, cohorts: Sequence[Sequence[int]]) -> None:
         self._config, self._layout, self._survivors = config, layout, survivors
         fed, sparsity = config.federation, config.sparsity
-        self._groups = [tuple(sorted({0 if sparsity.shared else group(sparsity, c) for c in cohort})) for cohort in cohorts]
-        draws = survivors * fed.local_steps * sum(map(len, self._groups))
-        self.drawable = _draws_known(config) and sparsity.granularity == "element" and draws <= MOST_DRAWS
-        # Positions inside the survivors are all that a uniform draw depends on, so any survivors of this size will do.
-        self._stand_in = Support(np.arange(survivors, dtype=np.int64), layout.d)
-        bound = (
-            live_by_round(sparsity, survivors, fed.rounds, local_steps=fed.local_steps)
-            if sparsity.granularity == "element"
-            else [survivors] * fed.rounds
-        )
+        self._groups = [tuple(sorted({self._group(c) for c in cohort})) for cohort in cohorts]
+        draws = survivors.k * fed.local_steps * sum(map(len, self._groups))
+        counted = sparsity.granularity == "element"
+        self.drawable = _draws_known(config) and (counted or _mask_is_public(config)) and draws <= MOST_DRAWS
         self._moving = sparsity.freeze.method != "none" or sparsity.drop.method != "none"
-        differ = sparsity.drop.method == "random" or (sparsity.freeze.method == "random" and sparsity.freeze.refresh == "step")
-        drawn = differ and self.drawable and sparsity.shared
+        drawn = self._moving and self.drawable and (steps_differ(sparsity) or not counted)
+        self._drawn = [{g: self._draw(round, g).k for g in whose} for round, whose in self._numbered()] if drawn else []
         if drawn:
-            bound = [self._draw(round).k for round in range(1, fed.rounds + 1)]
-        self.by_round = tuple(bound)
-        self.exact = sparsity.granularity == "element" and (drawn or not differ)
+            self.by_round = tuple(max(sizes.values()) for sizes in self._drawn)
+        elif counted:
+            self.by_round = tuple(live_by_round(sparsity, survivors.k, fed.rounds, local_steps=fed.local_steps))
+        else:
+            self.by_round = (survivors.k,) * fed.rounds
+        still = not self._moving and _mask_is_public(config)
+        self.exact = drawn or still or (counted and not steps_differ(sparsity))
 
-    def _draw(self, round: int) -> Support:
-        """What the round moves, if every client asked answers."""
+    def _group(self, client: int) -> int:
+        return 0 if self._config.sparsity.shared else group(self._config.sparsity, client)
+
+    def _numbered(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        return iter(enumerate(self._groups, start=1))
+
+    def of(self, round: int, client: int) -> int:
+        """Coordinates of this client's update."""
+        return self._drawn[round - 1][self._group(client)] if self._drawn else self.by_round[round - 1]
+
+    def _draw(self, round: int, whose: int) -> Support:
+        """What a client of this group may move in the round."""
         config, fed = self._config, self._config.federation
-        parts = [
-            round_support(
-                config.sparsity,
-                self._stand_in,
-                self._layout,
-                config.seed,
-                round,
-                fed.rounds,
-                local_steps=fed.local_steps,
-                client=client,
-            ).support
-            for client in self._groups[round - 1]
-        ]
+        return round_support(
+            config.sparsity,
+            self._survivors,
+            self._layout,
+            config.seed,
+            round,
+            fed.rounds,
+            local_steps=fed.local_steps,
+            client=whose,
+        ).support
+
+    def _moved(self, round: int) -> Support:
+        """What the round moves, if every client asked answers."""
+        parts = [self._draw(round, whose) for whose in self._groups[round - 1]]
         return parts[0] if len(parts) == 1 else union(parts)
 
     def union(self, first: int, last: int) -> tuple[int, bool]:
@@ -330,13 +389,13 @@ class _LiveCounts:
         if first > last:
             return 0, True
         if not self._moving:
-            return self._survivors, True
+            return self._survivors.k, self.exact
         if first == last and len(self._groups[first - 1]) == 1:
             return self.by_round[first - 1], self.exact
         if self.drawable:
-            return union([self._draw(round) for round in range(first, last + 1)]).k, True
+            return union([self._moved(round) for round in range(first, last + 1)]).k, True
         most = sum(len(self._groups[round - 1]) * self.by_round[round - 1] for round in range(first, last + 1))
-        return min(self._survivors, most), False
+        return min(self._survivors.k, most), False
 
 
 class _Downlink:
@@ -349,19 +408,26 @@ class _Downlink:
         self._told = [(max(cohort) + 8) // 8 for cohort in cohorts]  # a bit for each client up to the highest
         self._union = _memoised(counts.union)
         self._lossy = None if config.wire.downlink == "float32" else codec(config.wire.downlink)
-        mask_sent = config.sparsity.prune.method not in ("none", "random")
+        mask_sent = not _mask_is_public(config)
         # Groups of unequal sizes leave `survivors` an upper bound; half of all positions take the most bytes.
         counted = config.sparsity.granularity == "element"
-        self._mask = packed_size_bound(layout.d, survivors if counted else min(survivors, layout.d // 2)) if mask_sent else 0
+        self._positions = Positions(layout.d, survivors if counted else min(survivors, layout.d // 2))
+        self._mask = self._positions.most if mask_sent else 0
         # A bitmask has one size; gap codes, chosen for very sparse supports, have at most this one.
         self._mask_exact = not mask_sent or (counted and self._mask in (0, 1 + (layout.d + 7) // 8))
         held = config.sparsity.prune.inactive == "hold" or any(t.frozen for t in layout.tensors)
         self._weights_sent = bool(config.model.weights)
         self._values = layout.d if held and self._weights_sent else survivors
+        self._ships = bool({"public", "change"} & {config.sparsity.freeze.method, config.sparsity.drop.method})
+
+    def positions(self) -> Positions | None:
+        """The largest packed support that a message may hold."""
+        shipped = [Positions(self._survivors, k) for k in self._counts.by_round] if self._ships else []
+        return max([*shipped, *([self._positions] if self._mask else [])], key=lambda found: found.most, default=None)
 
     def shipped(self, round: int) -> tuple[int, bool]:
         """Bytes of the packed support itself, where the clients cannot draw it."""
-        if not {"public", "change"} & {self._config.sparsity.freeze.method, self._config.sparsity.drop.method}:
+        if not self._ships:
             return 0, True
         return packed_size_bound(self._survivors, self._counts.by_round[round - 1]), False
 
@@ -371,7 +437,17 @@ class _Downlink:
         return self._mask + values, self._mask_exact
 
     def update(self, seen: int, round: int) -> tuple[int, bool]:
-        """What a client that last took part in round `seen` is sent: the smaller of values and quantised releases."""
+        """What a client that last took part in round `seen` is sent: the smallest of changes, releases, newest model."""
+        change, exact = self._change(seen, round)
+        whole = self._mask + FLOAT32 * self._values
+        moved = [self._union(r, r) for r in range(seen, round)]
+        if sum(size for size, _ in moved) > MOST_KEPT * self._survivors:
+            return whole, self._mask_exact and all(known for _, known in moved)  # a bound in any case: nothing sent is longer
+        # A mask of unknown length cannot make the model the smaller one as long as its values alone are not.
+        return min(change, whole), exact and (self._mask_exact or change <= whole - self._mask)
+
+    def _change(self, seen: int, round: int) -> tuple[int, bool]:
+        """The smaller of the values on what was missed and the quantised releases, with what tells their places."""
         missed = range(seen, round)
         size, exact = self._union(seen, round - 1)
         values = FLOAT32 * size
@@ -393,28 +469,42 @@ def _update_bytes(wire: cfg.Wire, live: int) -> tuple[int, bool]:
     return count.payload, count.exact
 
 
-def _traffic(
-    config: cfg.Config, layout: Layout, counts: _LiveCounts, cohorts: Sequence[Sequence[int]], survivors: int
-) -> tuple[Traffic, Traffic]:
-    """Payload bytes up and down."""
-    way = _Downlink(config, layout, counts, survivors, cohorts)
-    up: list[int] = []
-    down: list[int] = []
-    seen: dict[int, int] = {}
-    exact, up_exact = True, counts.exact
+def _chosen(wire: cfg.Wire, live: int) -> Positions | None:
+    """The positions that come with an update, where a client sends those of the largest values."""
+    kept = live - frozen_count(wire.select_rate, live)
+    return Positions(live, kept) if wire.select == "top-k" and 0 < kept < live else None
+
+
+def _uplink(config: cfg.Config, layout: Layout, counts: _LiveCounts, cohorts: Sequence[Sequence[int]]) -> Traffic:
+    """Payload bytes up."""
+    by_client: list[dict[int, int]] = []
+    exact = counts.exact
     for round, cohort in enumerate(cohorts, start=1):
-        size, known = _update_bytes(config.wire, counts.by_round[round - 1])
-        up.append(len(cohort) * size)
-        up_exact = up_exact and known
-        total = 0
+        sizes = {client: _update_bytes(config.wire, counts.of(round, client)) for client in cohort}
+        by_client.append({client: size for client, (size, _) in sizes.items()})
+        exact = exact and all(known for _, known in sizes.values())
+    dense = sum(map(len, cohorts)) * FLOAT32 * layout.d
+    return Traffic(tuple(by_client), dense, exact, _chosen(config.wire, max(counts.by_round)))
+
+
+def _downlink(
+    config: cfg.Config, layout: Layout, counts: _LiveCounts, cohorts: Sequence[Sequence[int]], survivors: int
+) -> Traffic:
+    """Payload bytes down."""
+    way = _Downlink(config, layout, counts, survivors, cohorts)
+    by_client: list[dict[int, int]] = []
+    seen: dict[int, int] = {}
+    exact = True
+    for round, cohort in enumerate(cohorts, start=1):
+        sizes: dict[int, int] = {}
         for client in cohort:
             parts = (way.shipped(round), way.update(seen[client], round) if client in seen else way.first(round))
-            total += sum(size for size, _ in parts)
+            sizes[client] = sum(size for size, _ in parts)
             exact = exact and all(known for _, known in parts)
             seen[client] = round
-        down.append(total)
+        by_client.append(sizes)
     dense = sum(map(len, cohorts)) * FLOAT32 * layout.d
-    return Traffic(tuple(up), dense, up_exact), Traffic(tuple(down), dense, exact)
+    return Traffic(tuple(by_client), dense, exact, way.positions())
 
 
 def _memoised(function: Callable[[int, int], tuple[int, bool]]) -> Callable[[int, int], tuple[int, bool]]:
@@ -448,9 +538,8 @@ def make_plan(config: cfg.Config, facts: Facts, *, cohorts_known: bool = True) -
     table = steps_so_far(cohorts if cohorts_known else everyone, clients, local_steps)
     noise = _noise(config, rates, table[-1])
     book = EpsilonBook(noise, config.privacy.delta, config.privacy.accountant)
-    survivors = survivors_count(config.sparsity.prune, facts.layout, config.sparsity.granularity)
+    survivors = _survivors(config, facts.layout)
     counts = _LiveCounts(config, facts.layout, survivors, cohorts)
-    uplink, downlink = _traffic(config, facts.layout, counts, cohorts, survivors)
     return Plan(
         noise_multiplier=noise,
         delta=config.privacy.delta,
@@ -461,11 +550,11 @@ def make_plan(config: cfg.Config, facts: Facts, *, cohorts_known: bool = True) -
         steps_by_client=tuple(table[-1]),
         epsilon_by_round=_epsilon_by_round(book, rates, table),
         parameters=facts.layout.d,
-        survivors=survivors,
+        survivors=survivors.k,
         live_by_round=counts.by_round,
         live_exact=counts.exact,
-        uplink=uplink,
-        downlink=downlink,
+        uplink=_uplink(config, facts.layout, counts, cohorts),
+        downlink=_downlink(config, facts.layout, counts, cohorts, survivors.k),
         max_rounds=_max_rounds(config, noise, rates),
         warnings=warnings,
     )

@@ -30,8 +30,10 @@ class ClientCounts:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One line of rounds.jsonl. Bytes are payload bytes of the round, all clients together; `message_*` the whole messages.
+    """One line of rounds.jsonl. Bytes are payload bytes of the round, all clients together.
 
+    `message_*` are the whole messages, `planned_*` the payload that `plan` counts (an upper bound where it says so),
+    `dense_*` what dense float32 would have carried. `link_s`: seconds of the messages on the config's `wire.link`.
     `accuracy` and `loss` are None where the test data was not looked at (`federation.evaluate-every`).
     """
 
@@ -47,6 +49,10 @@ class RoundRecord:
     message_down: int
     clients: ClientCounts
     notes: tuple[str, ...] = ()
+    planned_up: int = 0
+    planned_down: int = 0
+    dense_up: int = 0
+    dense_down: int = 0
     link_s: float | None = None
     wall_s: float = 0.0
 
@@ -57,6 +63,7 @@ class ClientRecord:
 
     `epsilon` is cumulative over the client's charged steps; `status` is "answered", "refused", "rejected", "failed" or
     "silent"; `reason` a reply code or the server's ground for rejecting. `steps` counts the steps charged in this round.
+    Bytes and `link_s` as in `RoundRecord`.
     """
 
     round: int
@@ -73,8 +80,13 @@ class ClientRecord:
     bytes_down: int
     message_up: int
     message_down: int
+    planned_up: int = 0
+    planned_down: int = 0
+    dense_up: int = 0
+    dense_down: int = 0
     downlink_kind: str = ""
     compute_s: float | None = None
+    link_s: float | None = None
 
 
 @dataclass

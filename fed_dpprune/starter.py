@@ -78,6 +78,7 @@ COMMENTS: dict[str, str] = {
     "wire.uplink": "float32 | float16 | bfloat16 | int8 | int4 | level3 | level2 | sign",
     "wire.downlink": "",
     "wire.error-feedback": "",
+    "wire.rounding": "of int8 and int4: nearest | stochastic (unbiased, twice the error)",
     "wire.select": "none | top-k (of the noised update, with its positions: a baseline)",
     "wire.select-rate": "share of the update that top-k leaves out",
     "wire.link": "",

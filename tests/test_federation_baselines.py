@@ -118,6 +118,7 @@ def test_top_k_of_the_private_update_is_refused_with_the_reason():
         ({**CHANGE, "wire.select": "none", "wire.select-rate": 0.0, "sparsity.freeze.ramp-end": 0.1}, "sparsity.freeze.ramp"),
         ({**CHANGE, "wire.select": "none", "wire.select-rate": 0.0, "sparsity.shared": False}, "sparsity.shared"),
         ({"sparsity.groups": 2}, "sparsity.groups"),
+        ({"wire.rounding": "stochastic", "wire.uplink": "sign"}, "wire.rounding"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(changes, key):

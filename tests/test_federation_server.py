@@ -68,6 +68,11 @@ LIES: dict[str, tuple[Any, str, str]] = {
         "rejected",
         "record 'update' is not an array of bytes",
     ),
+    "negative-size": (
+        lambda c: RecordDict({**dict(c), "update": ArrayRecord({"payload": Array("uint8", (-128,), "numpy.ndarray", b"")})}),
+        "rejected",
+        "record 'update' does not have its declared size",
+    ),
     "refusal": (lambda c: with_record(RecordDict({"reply": c["reply"]}), "reply", status="no-ledger"), "refused", "no-ledger"),
     "failure": (
         lambda c: with_record(RecordDict({"reply": c["reply"]}), "reply", status="internal-error"),
@@ -105,6 +110,8 @@ def test_a_bad_reply_is_named_and_the_round_goes_on(tmp_path, lie):
         "asked": 4, "answered": 3, "refused": int(status == "refused"), "rejected": int(status == "rejected")
     }  # fmt: skip
     assert row["steps"] == 2, "the host had charged it before it was asked"
+    assert row["message_up"] > 0, "it travelled, whatever it was"
+    assert (row["dense_up"] > 0) == (row["bytes_up"] > 0 or lie == "no-values"), "a refusal stands for no values"
     assert small_run.rounds(tmp_path)[2]["clients"]["answered"] == 4
 
 
@@ -185,6 +192,7 @@ def test_of_a_reply_that_comes_twice_the_first_counts(tmp_path):
     small_run.run(conf, tmp_path / "once")
     assert outcome.status == "complete"
     assert small_run.rounds(tmp_path / "twice")[0]["notes"] == [f"client {c}: rejected (duplicate)" for c in range(4)]
+    assert small_run.rounds(tmp_path / "twice")[0]["clients"] == {"asked": 4, "answered": 4, "refused": 0, "rejected": 4}
     assert small_run.result(tmp_path / "twice")[1] == small_run.result(tmp_path / "once")[1]
     assert small_run.result(tmp_path / "twice")[3] == small_run.result(tmp_path / "once")[3]
 
@@ -195,6 +203,7 @@ def test_a_reply_of_a_stranger_counts_for_nobody(tmp_path):
     small_run.run(conf, tmp_path / "alone")
     assert outcome.status == "complete"
     assert small_run.rounds(tmp_path / "stranger")[1]["notes"] == ["node 999: rejected (unknown-sender)"] * 4
+    assert small_run.rounds(tmp_path / "stranger")[1]["clients"] == {"asked": 4, "answered": 4, "refused": 0, "rejected": 4}
     assert small_run.result(tmp_path / "stranger")[3] == small_run.result(tmp_path / "alone")[3]
 
 

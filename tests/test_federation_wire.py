@@ -17,10 +17,11 @@ from test_comm_fuzz import mutate
 
 from fed_dpprune import config as cfg
 from fed_dpprune.comm.codecs.table import NAMES
+from fed_dpprune.comm.downlink import MOST_KEPT
 from fed_dpprune.comm.meter import KINDS
 from fed_dpprune.comm.validate import CODES
 from fed_dpprune.federation import client as client_side
-from fed_dpprune.federation import facts, messages, strategy
+from fed_dpprune.federation import facts, messages, strategy, uplink
 from fed_dpprune.federation.broadcast import Broadcast
 from fed_dpprune.federation.model_store import SharedStore
 from fed_dpprune.federation.secrets import SeededSecrets
@@ -38,6 +39,16 @@ PARTIAL: dict[str, Any] = {
     "server.momentum": 0.5,
     "model.hidden": [8],
 }
+# Nearly all survivors live, so that after two missed rounds who answered makes the changes longer than the model.
+NEWEST: dict[str, Any] = {
+    **PARTIAL,
+    "sparsity.prune.method": "random",
+    "sparsity.shared": False,
+    "sparsity.freeze.rate": 0.1,
+    "federation.clients": 9,
+}
+# One support for the run: the changes stay small, however many rounds were missed.
+LONG_AWAY: dict[str, Any] = {**NEWEST, "sparsity.shared": True, "sparsity.freeze.refresh": "run", "federation.rounds": 12}
 SUPPORTS: dict[str, dict[str, Any]] = {
     "shared": {},
     "each its own": {"sparsity.shared": False},
@@ -119,6 +130,19 @@ def test_every_client_trains_from_the_servers_model_to_the_bit(downlink, support
     assert max(gaps) > 1, "no client missed a round: the draw of cohorts no longer tests anything"
 
 
+def test_the_newest_model_is_sent_where_it_is_smaller_than_what_changed(tmp_path):
+    """Who answered in the missed rounds comes on top of the values, and these are nearly all of the model."""
+    conf = small_run.config(**{**NEWEST, "federation.rounds": 12})
+    grid, trained, versions = run_apart(conf, tmp_path, (0, 0))
+    for (number, client), weights in trained.items():
+        assert weights.tobytes() == versions[number - 1].tobytes(), (number, client)
+    sent = [content for contents in grid.requests.values() for content in contents]
+    sizes = {kind: [small_run.payload_bytes(c) for c in sent if c["request"]["kind"] == kind] for kind in ("newest", "sync")}
+    assert sizes["newest"] and max(sizes["sync"]) <= max(sizes["newest"])
+    assert len(set(sizes["newest"])) == 1, "the values of all survivors, whatever was missed"
+    assert "newest" not in small_run.summary(tmp_path / "out")["bytes"]["downlink"]["by_kind"], "it is metered as a sync"
+
+
 def test_error_feedback_and_the_plain_quantiser_send_different_models(tmp_path):
     models = []
     for feedback in (True, False):
@@ -126,6 +150,51 @@ def test_error_feedback_and_the_plain_quantiser_send_different_models(tmp_path):
         small_run.run(conf, tmp_path / str(feedback))
         models.append((tmp_path / str(feedback) / "model.safetensors").read_bytes())
     assert models[0] != models[1]
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_the_server_keeps_few_changes_and_who_was_long_away_gets_the_newest_model(lossy, tmp_path):
+    conf = small_run.config(**{**LONG_AWAY, "wire.downlink": "int8" if lossy else "float32"})
+    kept: list[float] = []
+    acknowledged = Broadcast.acknowledged
+
+    def count(self: Broadcast, client: int, version: int) -> None:
+        kept.append(sum(change.support.k for change in self.changes.values()) / self.begin.survivors.k)
+        acknowledged(self, client, version)
+
+    with patch.object(Broadcast, "acknowledged", count):
+        grid, trained, versions = run_apart(conf, tmp_path, (0, 0))
+    assert 3.0 < max(kept) <= MOST_KEPT
+    for (number, client), weights in trained.items():
+        assert weights.tobytes() == versions[number - 1].tobytes(), (number, client)
+    assert "newest" in {content["request"]["kind"] for contents in grid.requests.values() for content in contents}
+
+
+STOCHASTIC: dict[str, Any] = {**PARTIAL, "wire.uplink": "int8", "wire.downlink": "int4", "wire.rounding": "stochastic"}
+
+
+def test_rounding_by_chance_is_the_same_at_both_ends(tmp_path):
+    conf = small_run.config(**{**STOCHASTIC, "wire.error-feedback": True})
+    _, trained, versions = run_apart(conf, tmp_path, (0, 0))
+    for (number, client), weights in trained.items():
+        assert weights.tobytes() == versions[number - 1].tobytes(), (number, client)
+    small_run.run(small_run.config(**{**STOCHASTIC, "wire.error-feedback": True, "wire.rounding": "nearest"}), tmp_path / "near")
+    assert (tmp_path / "near" / "model.safetensors").read_bytes() != (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_rounding_by_chance_averages_out_over_clients_and_rounds():
+    """Words that two messages share would add up their errors: as many messages would be no better than one."""
+    wire = small_run.config(**STOCHASTIC).wire.model_copy(update={"uplink": "int4"})
+    values = np.random.default_rng(0).standard_normal(600)
+    errors = [
+        uplink.decode(wire, uplink.encode(wire, values, uplink.dither(wire, 3, "up", number, client)), 600) - values
+        for number in range(1, 11)
+        for client in range(40)
+    ]
+    step = np.abs(values).max() / 7
+    assert np.mean(np.square(errors)) == pytest.approx(step**2 / 6, rel=0.05)
+    assert np.mean(np.square(np.mean(errors, axis=0))) == pytest.approx(step**2 / 6 / 400, rel=0.2)
+    assert uplink.dither(small_run.config().wire, 3, "up", 1, 1) is None
 
 
 RANDOM = {"sparsity.prune.method": "random"}
@@ -145,6 +214,13 @@ PRICED: dict[str, dict[str, Any]] = {
         "wire.downlink": "int8",
     },
     "drops": {"sparsity.drop.method": "random", "sparsity.drop.rate": 0.5, "federation.local-steps": 3},
+    "drops, each its own": {**SUPPORTS["each its own"], "sparsity.drop.method": "random", "sparsity.drop.rate": 0.5},
+    "rows": {**PARTIAL, "sparsity.granularity": "row", "wire.uplink": "level2"},
+    "channels, each its own": {**PARTIAL, **SUPPORTS["each its own"], "sparsity.granularity": "channel", "wire.downlink": "int8"},
+    "layers": {"sparsity.granularity": "layer", "sparsity.freeze.rate": 0.5, "sparsity.freeze.refresh": "step"},
+    "newest": NEWEST,
+    "rounding by chance": STOCHASTIC,
+    "long away": LONG_AWAY,
 }
 
 
@@ -163,7 +239,7 @@ BOUNDED: dict[str, dict[str, Any]] = {
     "odds, each its own": {**PARTIAL, **SUPPORTS["odds, each its own"], "wire.downlink": "level2"},
     "odds, each its own, float32": {**PARTIAL, **SUPPORTS["odds, each its own"]},
     "by magnitude": {**PARTIAL, "sparsity.freeze.method": "magnitude"},
-    "each its own, drops": {**SUPPORTS["each its own"], "sparsity.drop.method": "random", "sparsity.drop.rate": 0.5},
+    "rows of a scored net": {**PARTIAL, "sparsity.prune.method": "synflow", "sparsity.granularity": "row"},
 }
 
 
@@ -196,11 +272,16 @@ def test_who_answered_is_told_in_bits():
 
 
 def test_the_meter_reports_messages_beside_payloads_and_totals_by_kind(tmp_path):
-    small_run.run(small_run.config(**PARTIAL), tmp_path / "out")
-    for way in small_run.summary(tmp_path / "out")["bytes"].values():
-        assert sum(way["by_kind"].values()) == way["payload"] < way["message"]
+    small_run.run(small_run.config(**{**RANDOM, **PARTIAL}), tmp_path / "out")
+    for name, way in small_run.summary(tmp_path / "out")["bytes"].items():
+        assert sum(way["by_kind"].values()) == way["payload"] < way["message"] == sum(way["message_by_kind"].values())
         assert way["ratio"] == way["payload"] / way["dense_float32"]
         assert way["message_ratio"] == way["message"] / way["dense_float32"]
+        assert (way["planned"], way["planned_exact"]) == (way["payload"], True)
+        end = {"uplink": "up", "downlink": "down"}[name]
+        for lines in (small_run.rounds(tmp_path / "out"), small_run.clients(tmp_path / "out")):
+            assert way["dense_float32"] == sum(line[f"dense_{end}"] for line in lines)
+            assert all(line[f"planned_{end}"] == line[f"bytes_{end}"] for line in lines)
 
 
 def test_a_request_that_is_sent_again_is_metered_as_a_retry(tmp_path):
@@ -255,7 +336,10 @@ def damaged(content: RecordDict, rng: np.random.Generator) -> RecordDict:
         elif kind == 4:
             records.pop("update", None)
         elif kind == 5:
-            array = Array(dtype=str(rng.choice(["uint8", "float32", "O", "nonsense"])), shape=(1 << 40,), stype="x", data=blob)
+            kept = 128 * int(rng.integers(2))
+            size = (1 << 40, kept - 128, -1, len(blob))[int(rng.integers(4))]  # kept - 128 is what a sum alone would accept
+            words = str(rng.choice(["uint8", "uint8", "float32", "nonsense"])), str(rng.choice(["x", "numpy.ndarray"]))
+            array = Array(dtype=words[0], shape=(size,), stype=words[1], data=blob[:kept])
             records["update"] = ArrayRecord({"payload": array})
         elif kind == 6:
             records["update"] = ArrayRecord({"other": Array(np.zeros(3)), "payload": Array(np.zeros((2, 2), dtype=np.uint8))})
@@ -273,8 +357,8 @@ def damaged(content: RecordDict, rng: np.random.Generator) -> RecordDict:
 def judged(tmp_path_factory) -> list[tuple[Server, Order, int, Message]]:
     """A server in the midst of a round, and a client's honest reply, for codecs of each kind."""
     found: list[tuple[Server, Order, int, Message]] = []
-    for uplink in ("float32", "int4", "sign"):
-        conf = small_run.config(**{"wire.uplink": uplink, "federation.rounds": 2})
+    for name in ("float32", "int4", "sign"):
+        conf = small_run.config(**{"wire.uplink": name, "federation.rounds": 2})
         judge = Server._judge
 
         def keep(self: Server, order: Order, client: int, message: Message, judge: Any = judge) -> Answer:
@@ -283,7 +367,7 @@ def judged(tmp_path_factory) -> list[tuple[Server, Order, int, Message]]:
             return judge(self, order, client, message)
 
         with patch.object(Server, "_judge", keep):
-            small_run.run(conf, tmp_path_factory.mktemp(uplink) / "out")
+            small_run.run(conf, tmp_path_factory.mktemp(name) / "out")
     return found
 
 

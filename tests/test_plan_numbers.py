@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import small_run
 
 from fed_dpprune import cli
 from fed_dpprune import config as cfg
+from fed_dpprune.comm.masks import packed_size_bound
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.federation.facts import gather, prepare
 from fed_dpprune.plan import Facts, Plan, check_sizes, draw_cohorts, make_plan, sample_rate
@@ -181,6 +183,29 @@ def test_plan_in_words_says_the_same(file, capsys):
     assert f"{made.survivors:,} of {made.parameters:,}" in out
     assert "budget     allows 2 rounds" in out
     assert "delta 0.0001" in out
+
+
+@pytest.mark.parametrize(
+    ("way", "changes", "n", "kept"),
+    [
+        ("uplink", {"wire.select": "top-k", "wire.select-rate": 0.9, "sparsity.freeze.rate": 0.0}, 618, 62),
+        ("downlink", {}, 1210, 618),
+    ],
+)
+def test_the_entropy_bound_stands_beside_positions_that_travel(way, changes, n, kept, tmp_path, capsys):
+    conf = small_run.config(**changes)
+    found = planned(**changes).as_json()["bytes"][way]["positions"]
+    bound = math.ceil(math.log2(math.comb(n, kept)) / 8)
+    assert found == {"n": n, "k": kept, "bytes": packed_size_bound(n, kept), "entropy_bound": bound}
+    path = tmp_path / "small.toml"
+    path.write_text(cfg.to_toml(conf))
+    assert cli.main(["plan", str(path)]) == 0
+    assert f"{kept:,} of {n:,}; entropy bound {bound} B" in capsys.readouterr().out
+
+
+def test_no_positions_travel_where_both_ends_draw_them():
+    made = planned(**{"sparsity.prune.method": "random", "sparsity.shared": False})
+    assert made.uplink.positions is None and made.downlink.positions is None
 
 
 def test_plan_with_a_ledger_says_how_many_rounds_are_left(file, tmp_path, capsys):

@@ -356,3 +356,16 @@ def test_a_support_changed_in_one_bit_is_refused(tmp_path):
     np.savez(tmp_path / "s.npz", mask=mask, facts=np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8))
     with pytest.raises(ConfigError, match="digest"):
         files.load(tmp_path / "s.npz", layout)
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "channel", "layer"])
+@pytest.mark.parametrize("method", ["none", "random"])
+def test_what_needs_no_net_is_drawn_without_one(method, granularity):
+    given, settings = context(), _prune(method, 0.6 if method == "random" else 0.0, scope="layer")
+    alone = prune.drawn(settings, given.layout, 3, granularity)
+    assert np.array_equal(alone.indices, prune.pre_prune(settings, given, granularity).indices)
+
+
+def test_what_scores_a_net_is_not_drawn_without_one():
+    with pytest.raises(ValueError, match="scores a net"):
+        prune.drawn(_prune("synflow"), context().layout, 3)

@@ -16,7 +16,7 @@ from fed_dpprune.study.compare import compare, read_run, read_runs
 
 
 def _summary(**changes: Any) -> dict[str, Any]:
-    direction = {"payload": 446_000, "message": 512_345, "dense_float32": 1_982_000, "ratio": 0.225}
+    direction = {"payload": 446_000, "message": 512_345, "dense_float32": 1_982_000, "ratio": 0.225, "message_ratio": 0.259}
     return {
         "schema": SCHEMA,
         "status": "complete",
@@ -83,7 +83,7 @@ def test_runs_at_different_deltas_name_each_and_warn(tmp_path):
 def test_json_has_the_fields_of_a_row(tmp_path):
     runs = json.loads(_shown(_run(tmp_path / "a"), _run(tmp_path / "b"), json_only=True))["runs"]
     assert [run["name"] for run in runs] == ["a", "b"]
-    assert runs[0]["uplink"] == {"payload": 446_000, "message": 512_345, "ratio": 0.225}
+    assert runs[0]["uplink"] == {"payload": 446_000, "message": 512_345, "ratio": 0.225, "message_ratio": 0.259}
 
 
 def test_a_run_that_never_finished_a_round_has_dashes(tmp_path):

@@ -72,7 +72,8 @@ def test_curves_name_delta_units_and_the_dense_equivalent(run_dir, drawn):
     for words in ("delta = 0.001", "uplink payload so far, MB", "test accuracy", "epsilon, largest client", "round", "small run"):
         assert words in text
     sent = sum(record.bytes_up for record in _records(12))
-    assert f"float32: 2 MB\n(sent: {sent / 2_000_000:.1%} of it)" in text
+    whole = sum(record.message_up for record in _records(12))
+    assert f"float32: 2 MB\n(sent: {sent / 2_000_000:.1%} of it)\nwhole messages: {whole / 2_000_000:.1%}" in text
 
 
 def test_the_last_values_are_written_out(run_dir, drawn):

@@ -12,14 +12,22 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from fed_dpprune.comm.codecs.packing import Blob, Floats
+from fed_dpprune.comm.codecs.packing import Bits, Blob, Floats
 from fed_dpprune.comm.codecs.table import Codec
 from fed_dpprune.comm.masks import pack_positions, unpack_positions
 from fed_dpprune.errors import WireError
 
+MOST_KEPT = 4  # values of past rounds that a server keeps for each survivor; who missed more is sent the newest model
+
 
 def encode_join(
-    mask_positions: NDArray[np.int64] | None, n: int, values: Floats | None, codec: Codec, *, scale: float | None = None
+    mask_positions: NDArray[np.int64] | None,
+    n: int,
+    values: Floats | None,
+    codec: Codec,
+    *,
+    scale: float | None = None,
+    bits: Bits | None = None,
 ) -> bytes:
     """The pruned model as one payload: the packed mask, then the surviving values.
 
@@ -29,6 +37,7 @@ def encode_join(
         values: Values at the survivors, shape (k,); None when both ends derive them.
         codec: Of the values.
         scale: A public scale, when the terms fix one.
+        bits: Raw words for stochastic rounding.
 
     Raises:
         ValueError: Mask and values of different length.
@@ -37,7 +46,7 @@ def encode_join(
     if mask_positions is not None and values is not None and mask_positions.size != values.size:
         raise ValueError(f"{mask_positions.size} positions for {values.size} values")
     mask = b"" if mask_positions is None else pack_positions(mask_positions, n)
-    return mask + (b"" if values is None else codec.encode(values, scale=scale))
+    return mask + (b"" if values is None else codec.encode(values, scale=scale, bits=bits))
 
 
 def decode_join(

@@ -2,7 +2,8 @@
 
 A client is sent the start of the run once (`start`: what it cannot make itself), later only what changed since the round
 it last saw: the values on the changed coordinates (`sync`), or the missed rounds' quantised releases one after the other
-(`replay`), whichever is smaller; and the whole pruned model when it is new (`join`) or has lost its state (`resync`).
+(`replay`), or the whole pruned model (`newest`), whichever is smallest; and the whole pruned model when it is new (`join`)
+or has lost its state (`resync`).
 Which coordinates changed is recomputed by the client wherever it can be (from who answered, a bit for each client, where
 supports are not shared); else their positions travel, packed.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from fed_dpprune import config as cfg
 from fed_dpprune.comm.codecs.table import codec
-from fed_dpprune.comm.downlink import decode_sync, encode_join, encode_sync, join_replay, split_replay
+from fed_dpprune.comm.downlink import MOST_KEPT, decode_sync, encode_join, encode_sync, join_replay, split_replay
 from fed_dpprune.comm.feedback import Downlink
 from fed_dpprune.comm.masks import pack_positions, unpack_positions
 from fed_dpprune.errors import WireError
@@ -26,11 +28,12 @@ from fed_dpprune.federation import start
 from fed_dpprune.federation.model_store import model_digest
 from fed_dpprune.federation.start import Vector
 from fed_dpprune.federation.supports import changes_follow, follows_from_clients, pack_clients
+from fed_dpprune.federation.uplink import dither
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.support import Support, union
 
-KINDS = ("start", "join", "sync", "replay", "resync")
-METERED = {"start": "join", "join": "join", "sync": "sync", "replay": "sync", "resync": "resync"}
+KINDS = ("start", "join", "sync", "replay", "newest", "resync")
+METERED = {"start": "join", "join": "join", "sync": "sync", "replay": "sync", "newest": "sync", "resync": "resync"}
 PLAIN = "float32"
 
 
@@ -118,7 +121,8 @@ class Broadcast:
             model = wanted
         else:
             index = support.indices
-            blob, applied = self._release.release(index, wanted[index] - self.model[index])
+            bits = dither(self.config.wire, self.config.seed, "down", self.version)
+            blob, applied = self._release.release(index, wanted[index] - self.model[index], bits=bits)
             model = self.model.copy()
             model[index] += applied
         self.version += 1
@@ -126,9 +130,17 @@ class Broadcast:
         self._made.clear()
         self.digests.append(model_digest(model))
         self.changes[self.version] = Change(support, odds, blob, clients)
-        oldest = min(self.held.values(), default=self.version)
+        self._forget(min(self.held.values(), default=self.version))
+
+    def _forget(self, oldest: int) -> None:
+        """Drop the changes that every client has, and the first ones beyond `MOST_KEPT`: a client may never come back."""
         for version in [v for v in self.changes if v <= oldest]:
             del self.changes[version]
+        kept = sum(change.support.k for change in self.changes.values())
+        for version in sorted(self.changes):
+            if kept <= MOST_KEPT * self.begin.survivors.k:
+                break
+            kept -= self.changes.pop(version).support.k
 
     def acknowledged(self, client: int, version: int) -> None:
         """The client answered from `version`, so it holds it."""
@@ -140,10 +152,14 @@ class Broadcast:
         size = (0, 0) if shipped is None else (shipped.k, len(mask))
         base = self.held.get(client)
         if base is not None and not resync:
+            if base < self.version and base + 1 not in self.changes:
+                return Parcel("newest", "", mask + self._join(values=True), (), size)
             kind, body, positions = self._update(base)
             odds = tuple(o for v in self._missed(base) for o in self.changes[v].odds)
             told = self._told(base) if follows_from_clients(self.config.sparsity, len(self._missed(base))) else b""
             answered = (len(self._missed(base)) if told else 0, len(told))
+            if len(told) + len(body) > self._whole:  # a mask of many missed rounds, or who answered in them, can be longer
+                return Parcel("newest", "", mask + self._join(values=True), (), size)
             return Parcel(kind, self.digests[base], mask + told + body, odds, size, positions, answered)
         if self.version == 0 and not resync:
             return Parcel("start", "", mask + self._join(values=not start.weights_are_public(self.config)), (), size)
@@ -179,6 +195,11 @@ class Broadcast:
             if len(replay) < len(values):
                 return "replay", replay, (0, 0)
         return "sync", positions + values, (0, 0) if follows else (changed.k, len(positions))
+
+    @cached_property
+    def _whole(self) -> int:
+        """Bytes of the newest model, packed: the same in every round."""
+        return len(self._join(values=True))
 
     def _join(self, *, values: bool) -> bytes:
         mask = None if start.mask_is_public(self.config) else self.begin.survivors.indices

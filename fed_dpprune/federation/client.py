@@ -190,7 +190,8 @@ class ClientRuntime:
         moved = train(setup.config, terms, live, begin.survivors, begin.model, bench.gradient, setup.share(), setup.secrets)
         # 6. The values on the support, encoded; stored before they leave.
         try:
-            payload = uplink.encode(setup.config.wire, moved)
+            dither = uplink.dither(setup.config.wire, terms.seed, "up", terms.round, terms.client)
+            payload = uplink.encode(setup.config.wire, moved, dither)
         except WireError as error:  # weights that left float32's range; the round is charged, so this is no refusal
             raise ClientFault("internal-error", str(error)) from None
         reply = messages.train_reply(Reply("ok", terms.key, terms.round, terms.digest, fingerprint(), payload))

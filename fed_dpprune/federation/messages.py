@@ -110,7 +110,7 @@ def payload_of(content: RecordDict, name: str) -> bytes:
     array = record["payload"]
     if array.dtype != "uint8" or array.stype != "numpy.ndarray" or len(array.shape) != 1:
         raise WireError("message", f"record {name!r} is not an array of bytes")
-    if len(array.data) != NPY_HEADER + array.shape[0]:
+    if array.shape[0] < 0 or len(array.data) != NPY_HEADER + array.shape[0]:
         raise WireError("message", f"record {name!r} does not have its declared size")
     return array.data[NPY_HEADER:]
 
@@ -230,6 +230,11 @@ def _length(value: Any) -> tuple[Hashable, ...]:
     if isinstance(value, str):
         return str, len(value.encode())
     return (bytes, len(value)) if isinstance(value, bytes) else (list, *map(_length, value))
+
+
+def foreign_bytes(content: RecordDict) -> int:
+    """`message_bytes` of what `read_reply` refused: nothing that it declares of itself is believed."""
+    return _tree_bytes(content)
 
 
 def message_bytes(content: RecordDict) -> int:

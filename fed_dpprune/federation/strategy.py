@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fed_dpprune import config as cfg
 from fed_dpprune.comm.codecs.table import codec
-from fed_dpprune.comm.link import parse_link, round_time
+from fed_dpprune.comm.link import RoundTime, parse_link, round_time
 from fed_dpprune.comm.meter import Meter
 from fed_dpprune.comm.meter import Parcel as Metered
 from fed_dpprune.comm.validate import UpdateBound, check_update
@@ -310,13 +310,11 @@ class Server:
         """A client's message; counted as sent."""
         parcel = self.broadcast.parcel(client, shipped=order.shipped, resync=resync)
         content = messages.train_request(order.terms[client].to_wire(), parcel)
-        kind = "retry" if retry else METERED[parcel.kind]
-        self._count(order.round, client, "down", kind, len(parcel.payload), content)
+        kind: Any = "retry" if retry else METERED[parcel.kind]
+        dense = 0 if resync else FLOAT32 * self.layout.d  # a dense message is whole each time: nobody asks for it again
+        size = messages.message_bytes(content)
+        self.meter.add(Metered(order.round, client, "down", kind, len(parcel.payload), size, dense))
         return content
-
-    def _count(self, number: int, client: int, way: Any, kind: Any, payload: int, content: RecordDict) -> None:
-        dense = FLOAT32 * self.layout.d
-        self.meter.add(Metered(number, client, way, kind, payload, messages.message_bytes(content), dense))
 
     # ------------------------------------------------------------------ 3. the exchange
 
@@ -454,8 +452,7 @@ class Server:
             return Answer("failed", "internal-error")
         terms = order.terms[client]
         try:
-            reply = messages.read_reply(message.content)
-            self._count(order.round, client, "up", "update", len(reply.payload), message.content)
+            reply = self._read(order, client, message.content)
             if reply.status not in REPLY_CODES.keys() | REFUSAL_CODES.keys():
                 raise WireError("reply", "unknown-status")
             if reply.status != "ok":
@@ -466,6 +463,22 @@ class Server:
             return Answer("rejected", error.why)
         self.broadcast.acknowledged(client, order.version)
         return Answer("answered", "", values)
+
+    def _read(self, order: Order, client: int, content: RecordDict) -> Reply:
+        """A reply, counted as it came. Only an update has a dense equivalent: a refusal would be as short there.
+
+        Raises:
+            WireError: It is not of the protocol; its bytes travelled all the same.
+        """
+        payload, size, dense = 0, 0, 0
+        try:
+            reply = messages.read_reply(content)
+            payload, size = len(reply.payload), messages.message_bytes(content)
+            dense = FLOAT32 * self.layout.d if reply.status == "ok" or reply.payload else 0
+        finally:
+            size = size or messages.foreign_bytes(content)
+            self.meter.add(Metered(order.round, client, "up", "update", payload, size, dense))
+        return reply
 
     def _checked_values(self, order: Order, terms: RoundTerms, reply: Reply) -> NDArray[np.float32]:
         """The update's values, shape (k,), once every echo fits the terms and no value is absurd.
@@ -529,7 +542,8 @@ class Server:
         accuracy, loss = self.world.evaluate(self.broadcast.model) if due else (None, None)
         for client, answer in answers.items():
             self.steps[client] = self.steps.get(client, 0) + self._charged_steps(order.terms[client], answer)
-        clients = [self._client_record(order, client, answers[client]) for client in sorted(order.terms)]
+        link = self._link_time(order)
+        clients = [self._client_record(order, client, answers[client], link) for client in sorted(order.terms)]
         count = {s: sum(a.status == s for a in answers.values()) for s in ("answered", "refused", "rejected", "failed", "silent")}
         up, down = self.meter.of_round(order.round, "up"), self.meter.of_round(order.round, "down")
         notes = [f"client {c}: {a.status} ({a.reason})" for c, a in sorted(answers.items()) if a.status != "answered"]
@@ -545,9 +559,13 @@ class Server:
             bytes_down=down.payload,
             message_up=up.message,
             message_down=down.message,
-            clients=ClientCounts(len(order.terms), count["answered"], count["refused"], count["rejected"]),
+            planned_up=self.plan.uplink.payload_by_round[order.round - 1],
+            planned_down=self.plan.downlink.payload_by_round[order.round - 1],
+            dense_up=up.dense_float32,
+            dense_down=down.dense_float32,
+            clients=ClientCounts(len(order.terms), count["answered"], count["refused"], count["rejected"] + len(order.strays)),
             notes=tuple(notes + ([] if aggregated else ["too few clients: not aggregated"])),
-            link_s=self._link_seconds(order),
+            link_s=link.seconds if link else None,
             wall_s=self._lap(),
         )
         if aggregated:
@@ -562,7 +580,7 @@ class Server:
         megabytes = self.meter.total("up").payload / 1e6
         self._observer.round_done(record, self.config.federation.rounds, record.epsilon_max, megabytes)
 
-    def _link_seconds(self, order: Order) -> float | None:
+    def _link_time(self, order: Order) -> RoundTime | None:
         """What the round's messages would take on the link that the study names; nothing waits for it."""
         if self._link is None:
             return None
@@ -571,14 +589,14 @@ class Server:
             for c in order.terms
         }
         slow = self._link.slowdowns(len(self.plan.nominal_sizes), self.config.seed)
-        return round_time(self._link, sizes, slow).seconds
+        return round_time(self._link, sizes, slow)
 
     def _charged_steps(self, terms: RoundTerms, answer: Answer) -> int:
         """Clients refuse before their charge, but a host with the ledger charges before it asks; who is silent may have paid."""
         before = answer.status == "refused" and not (isinstance(self._grid, HostGrid) and terms.key in self._grid.charged)
         return 0 if before else terms.steps
 
-    def _client_record(self, order: Order, client: int, answer: Answer) -> ClientRecord:
+    def _client_record(self, order: Order, client: int, answer: Answer, link: RoundTime | None) -> ClientRecord:
         """One client's line, after `steps` has been brought up to date."""
         terms = order.terms[client]
         steps = self._charged_steps(terms, answer)
@@ -600,8 +618,13 @@ class Server:
             bytes_down=down.payload,
             message_up=up.message,
             message_down=down.message,
+            planned_up=self.plan.uplink.payload_by_client[order.round - 1][client],
+            planned_down=self.plan.downlink.payload_by_client[order.round - 1][client],
+            dense_up=up.dense_float32,
+            dense_down=down.dense_float32,
             downlink_kind="+".join(sorted(down.by_kind)),
             compute_s=seconds,
+            link_s=link.by_client[client] if link else None,
         )
 
     def epsilon_max(self) -> float:

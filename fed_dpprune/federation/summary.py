@@ -10,8 +10,10 @@ from functools import cache
 from typing import Any
 
 from fed_dpprune import config as cfg
+from fed_dpprune.comm.meter import KINDS, Way
 from fed_dpprune.federation.fingerprint import fingerprint
 from fed_dpprune.federation.strategy import Server
+from fed_dpprune.plan import Traffic
 from fed_dpprune.privacy.accountants import table as accountants
 from fed_dpprune.privacy.history import Entry
 from fed_dpprune.privacy.statement import ADVERSARY, NEIGHBOURING, SAMPLER, group_price
@@ -136,7 +138,10 @@ def make(
         },
         "loss": {"last": rounds[-1].loss if rounds else None},
         "privacy": _privacy(server, noise_source, charged, final),
-        "bytes": {"uplink": server.meter.total("up").as_json(), "downlink": server.meter.total("down").as_json()},
+        "bytes": {
+            "uplink": _bytes(server, "up", server.plan.uplink, sum(record.planned_up for record in rounds)),
+            "downlink": _bytes(server, "down", server.plan.downlink, sum(record.planned_down for record in rounds)),
+        },
         "sparsity": {
             "parameters": server.layout.d,
             "live_after_pruning": survivors.k,
@@ -151,8 +156,21 @@ def make(
             "weights": config.model.weights,
             "notes": list(server.world.notes),
         },
-        "time": clock.as_json(),
+        "time": {**clock.as_json(), "link_s": _link_seconds(rounds)},
     }
+
+
+def _bytes(server: Server, way: Way, traffic: Traffic, planned: int) -> dict[str, Any]:
+    """What travelled in one direction, beside the payload that the plan had counted for these rounds."""
+    total = server.meter.total(way)
+    whole = {kind: server.meter.of_kind(way, kind).message for kind in KINDS if kind in total.by_kind}
+    return {**total.as_json(), "message_by_kind": whole, "planned": planned, "planned_exact": traffic.exact}
+
+
+def _link_seconds(rounds: list[RoundRecord]) -> float | None:
+    """All rounds' messages on the config's link; null where it names none."""
+    seconds = [record.link_s for record in rounds if record.link_s is not None]
+    return sum(seconds) if seconds else None
 
 
 def unstarted(config: cfg.Config, status: str, reason: str) -> dict[str, Any]:

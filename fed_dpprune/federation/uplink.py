@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fed_dpprune import config as cfg
+from fed_dpprune import randomness
+from fed_dpprune.comm.codecs.packing import Bits
 from fed_dpprune.comm.codecs.table import codec
 from fed_dpprune.comm.downlink import decode_join, encode_join
 from fed_dpprune.errors import WireError
@@ -21,19 +23,38 @@ def selected_count(wire: cfg.Wire, live: int) -> int:
     return live - frozen_count(wire.select_rate, live) if wire.select == "top-k" else live
 
 
-def encode(wire: cfg.Wire, values: NDArray[np.float64]) -> bytes:
+def dither(wire: cfg.Wire, seed: int, *ids: int | str) -> Bits | None:
+    """Raw words for `wire.rounding`, from the public stream "codec": what they round is secret enough by its noise.
+
+    Args:
+        wire: The config's `wire`.
+        seed: Root of the public streams.
+        ids: What tells a message from all others: direction, round and, on the way up, the client. Equal words in two
+            clients' messages would add up their rounding errors instead of averaging them.
+    """
+    if wire.rounding != "stochastic":
+        return None
+    return lambda count: randomness.raw_u32(count, seed, "codec", *ids)
+
+
+def encode(wire: cfg.Wire, values: NDArray[np.float64], bits: Bits | None = None) -> bytes:
     """The noised values on the round's support, shape (k,), as `wire.uplink` and `wire.select` say.
+
+    Args:
+        wire: The config's `wire`.
+        values: Shape (k,).
+        bits: From `dither`.
 
     Raises:
         WireError: "non-finite".
     """
     keep = selected_count(wire, values.size)
     if wire.select == "none" or keep == values.size:
-        return codec(wire.uplink).encode(values)
+        return codec(wire.uplink).encode(values, bits=bits)
     if not np.isfinite(values).all():
         raise WireError("update", "non-finite")
     chosen = largest(np.abs(values), keep)
-    return encode_join(chosen, values.size, values[chosen], codec(wire.uplink))
+    return encode_join(chosen, values.size, values[chosen], codec(wire.uplink), bits=bits)
 
 
 def decode(wire: cfg.Wire, blob: bytes, live: int) -> NDArray[np.float32]:

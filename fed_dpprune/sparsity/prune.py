@@ -166,6 +166,18 @@ def pre_prune(prune: config.Prune, context: CriterionContext, granularity: str =
     return survivors
 
 
+def drawn(prune: config.Prune, layout: Layout, seed: int, granularity: str = "element") -> Support:
+    """What survives the methods `none` and `random`, which need nothing but shapes and the public seed.
+
+    Raises:
+        ConfigError: See `pre_prune`.
+        ValueError: Another method.
+    """
+    if prune.method not in ("none", "random"):
+        raise ValueError(f"method {prune.method!r} scores a net")
+    return pre_prune(prune, CriterionContext.without_net(layout, seed), granularity)
+
+
 def pruned(survivors: Support, layout: Layout) -> Support:
     """What pruning removed: trainable coordinates that do not survive (set to zero when `inactive = "zero"`)."""
     return from_mask(trainable(layout).mask & ~survivors.mask, survivors.provenance)

@@ -71,6 +71,11 @@ def closing(made: dict[str, Any], plan: Plan, config: Config, out: Path) -> Iter
                 f"{way:<10} {megabytes(count['payload'])} payload, {count['ratio']:.1%} of dense float32 "
                 f"({megabytes(count['message'])} as messages, {count['message_ratio']:.1%})"
             )
+    if seconds.get("link_s") is not None:
+        yield (
+            f"link       {seconds['link_s']:.3g} s for the messages of all rounds over {config.wire.link!r} (a model; nothing "
+            f"waited for it), beside {seconds['client_compute_s']:.3g} s of the clients' computing"
+        )
     live = sparsity["live_by_round"]
     if live:
         yield (
@@ -109,6 +114,12 @@ def planned(plan: Plan, config: Config) -> Iterator[str]:
         rounds = "  ".join(f"{r}: {megabytes(way.payload_by_round[r - 1])}" for r in _sampled(fed.rounds))
         share = way.payload / way.dense_float32 if way.dense_float32 else 0.0
         yield f"{name:<10} {megabytes(way.payload)} payload, {share:.1%} of dense float32; by round {rounds}{_bound(way.exact)}"
+        if way.positions is not None:
+            n, k = way.positions.n, way.positions.k
+            yield (
+                f"           with up to {megabytes(way.positions.most)} of positions a message, {k:,} of {n:,}; "
+                f"entropy bound {megabytes(way.positions.entropy_bound)}"
+            )
     if plan.max_rounds is not None:
         yield f"budget     allows {plan.max_rounds} rounds for a client that is asked in each of them"
     yield from (f"warning    {text}" for text in plan.warnings)

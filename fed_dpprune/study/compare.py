@@ -16,11 +16,12 @@ from fed_dpprune.records import SCHEMA, to_json
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one direction over a run; `ratio` is payload / dense float32, below 1 is less."""
+    """Bytes of one direction over a run; `ratio` is payload, `message_ratio` message / dense float32, below 1 is less."""
 
     payload: int
     message: int
     ratio: float | None
+    message_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def _within(summary: Mapping[str, Any], *keys: str) -> Any:
 
 def _traffic(summary: Mapping[str, Any], direction: str) -> Traffic:
     table = _within(summary, "bytes", direction) or {}
-    return Traffic(int(table.get("payload") or 0), int(table.get("message") or 0), table.get("ratio"))
+    payload, message = int(table.get("payload") or 0), int(table.get("message") or 0)
+    return Traffic(payload, message, table.get("ratio"), table.get("message_ratio"))
 
 
 def read_run(run: Path) -> Row:
@@ -124,8 +126,10 @@ def megabytes(count: int) -> str:
 
 
 def _bytes_cell(traffic: Traffic) -> str:
-    share = "" if traffic.ratio is None else f" ({traffic.ratio:.1%})"
-    return f"{megabytes(traffic.payload)}{share}\n{megabytes(traffic.message)}"
+    def cell(count: int, ratio: float | None) -> str:
+        return megabytes(count) + ("" if ratio is None else f" ({ratio:.1%})")
+
+    return f"{cell(traffic.payload, traffic.ratio)}\n{cell(traffic.message, traffic.message_ratio)}"
 
 
 def print_table(rows: Sequence[Row], screen: Screen) -> None:
@@ -137,7 +141,13 @@ def print_table(rows: Sequence[Row], screen: Screen) -> None:
     table = Table(box=SIMPLE, pad_edge=False, show_lines=len(rows) > 1)
     table.add_column("run", overflow="fold", min_width=12)
     table.add_column("status", no_wrap=True)
-    for heading in ("rounds", "accuracy\nbest", "epsilon\ndelta", "up, MB (of dense)\nmessages", "down, MB (of dense)\nmessages"):
+    for heading in (
+        "rounds",
+        "accuracy\nbest",
+        "epsilon\ndelta",
+        "up, MB (of dense)\nmessages (same)",
+        "down, MB (of dense)\nmessages (same)",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("live\nof", justify="right", no_wrap=True)
     table.add_column("time, s", justify="right", no_wrap=True)

@@ -32,9 +32,11 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "message_bytes_up": ("bytes", "uplink", "message"),
     "dense_bytes_up": ("bytes", "uplink", "dense_float32"),
     "ratio_up": ("bytes", "uplink", "ratio"),
+    "message_ratio_up": ("bytes", "uplink", "message_ratio"),
     "bytes_down": ("bytes", "downlink", "payload"),
     "message_bytes_down": ("bytes", "downlink", "message"),
     "ratio_down": ("bytes", "downlink", "ratio"),
+    "message_ratio_down": ("bytes", "downlink", "message_ratio"),
     "parameters": ("sparsity", "parameters"),
     "live_after_pruning": ("sparsity", "live_after_pruning"),
     "representation_sparsity": ("sparsity", "representation"),
@@ -113,7 +115,7 @@ def print_table(study: Study, results: Sequence[Result], screen: Screen) -> None
     table.add_column("variant", overflow="fold", min_width=8)
     for key in study.axes:
         table.add_column(key.rsplit(".", 1)[-1], justify="right", overflow="fold")
-    for heading in ("seeds", "accuracy, last", "lowest", "epsilon", "up, MB", "of dense", "live, last", "time, s"):
+    for heading in ("seeds", "accuracy, last", "lowest", "epsilon", "up, MB", "of dense", "messages", "live, last", "time, s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for (variant, settings), members in groupby(results, _group):
         table.add_row(variant, *(value for _, value in settings), *_cells(list(members)))
@@ -121,7 +123,8 @@ def print_table(study: Study, results: Sequence[Result], screen: Screen) -> None
     deltas = {value for result in results if (value := result.value("delta")) is not None}
     at = f" at delta = {next(iter(deltas)):g}" if len(deltas) == 1 else ", at different deltas" if deltas else ""
     print(
-        f"Mean ± sample standard deviation over seeds; lowest: the worst seed. Epsilon: largest of any client{at}.",
+        f"Mean ± sample standard deviation over seeds; lowest: the worst seed. Epsilon: largest of any client{at}.\n"
+        "Of dense: uplink payload / dense float32; messages: whole uplink messages / the same.",
         file=screen.out,
     )
 
@@ -134,14 +137,18 @@ def _cells(members: Sequence[Result]) -> list[str]:
         return [value for member in counted if (value := member.value(column)) is not None]
 
     live = [member.summary["sparsity"]["live_by_round"][-1] for member in counted if member.summary and _has_live(member.summary)]
-    share = statistics.fmean(values("ratio_up")) if values("ratio_up") else None
+
+    def mean(column: str) -> float | None:
+        return statistics.fmean(values(column)) if values(column) else None
+
     return [
         f"{len(counted)}" if len(counted) == len(members) else f"{len(counted)} of {len(members)}",
         spread(values("accuracy_last"), ".3f"),
         number(min(values("accuracy_last"), default=None), ".3f"),
         number(max(values("epsilon_max"), default=None), ".2f"),
         megabytes(round(statistics.fmean(values("bytes_up")))) if values("bytes_up") else "-",
-        number(share, ".1%"),
+        number(mean("ratio_up"), ".1%"),
+        number(mean("message_ratio_up"), ".1%"),
         number(statistics.fmean(live) if live else None, ".0f"),
         spread(values("total_s"), ".0f"),
     ]

@@ -61,6 +61,15 @@ class CriterionContext:
     iterations: int = 100
     weights_provenance: str = "data-free"
 
+    @classmethod
+    def without_net(cls, layout: Layout, seed: int) -> CriterionContext:
+        """For the criteria that need nothing but shapes and the public seed."""
+
+        def build() -> nn.Module:
+            raise ValueError("this criterion was to need no net")
+
+        return cls(layout, np.zeros(layout.d, dtype=np.float32), build, (), seed)
+
 
 @dataclass(frozen=True)
 class Criterion:

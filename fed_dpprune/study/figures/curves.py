@@ -26,6 +26,7 @@ class Curves:
         dense_bytes_up: What the same messages as dense float32 would have cost over the run; 0 if unknown.
         delta: Of the epsilon; NaN if unknown.
         name: The run's name, may be empty.
+        message_bytes_up: What the whole messages weighed over the run, framing and all.
     """
 
     rounds: Sequence[int]
@@ -35,6 +36,7 @@ class Curves:
     dense_bytes_up: int
     delta: float
     name: str = ""
+    message_bytes_up: int = 0
 
 
 def from_records(records: Sequence[RoundRecord], *, delta: float, dense_bytes_up: int, name: str = "") -> Curves:
@@ -47,6 +49,7 @@ def from_records(records: Sequence[RoundRecord], *, delta: float, dense_bytes_up
         dense_bytes_up,
         delta,
         name,
+        sum(record.message_up for record in records),
     )
 
 
@@ -64,6 +67,7 @@ def read(run_dir: Path) -> Curves:
         int(summary.get("bytes", {}).get("uplink", {}).get("dense_float32") or 0),
         _number(summary.get("privacy", {}).get("delta")),
         summary.get("name") or "",
+        sum(int(line.get("message_up") or 0) for line in lines),
     )
 
 
@@ -118,9 +122,11 @@ def _over_bytes(axes: Any, curves: Curves) -> None:
     if curves.dense_bytes_up:
         dense, share = curves.dense_bytes_up / divisor, curves.bytes_up[-1] / curves.dense_bytes_up
         axes.axvline(dense, color=style.GREY, linestyle=":", linewidth=1.4)
+        whole = curves.message_bytes_up / curves.dense_bytes_up
         height, edge = (0.97, "top") if curves.accuracy[-1] < 0.4 else (0.03, "bottom")  # away from the curve
         axes.annotate(
-            f"these rounds as dense\nfloat32: {dense:.3g} {unit}\n(sent: {share:.1%} of it)", (dense, height),
+            f"these rounds as dense\nfloat32: {dense:.3g} {unit}\n(sent: {share:.1%} of it)\nwhole messages: {whole:.1%}",
+            (dense, height),
             xycoords=("data", "axes fraction"), xytext=(-5, 0), textcoords="offset points", ha="right", va=edge,
             color=style.GREY, fontsize=8.5, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )  # fmt: skip
