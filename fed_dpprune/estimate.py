@@ -22,7 +22,7 @@ FORWARD_SHARE = 0.5
 # An example's own gradient, by live coordinate: of convolutions and norms, while that of a matrix is never written out.
 SECONDS_PER_OWN_GRADIENT = 5e-9
 # Noise (float64), optimiser and payload by live coordinate of a step, and the fixed cost of a step.
-SECONDS_PER_LIVE = 30e-9
+SECONDS_PER_LIVE = 60e-9
 SECONDS_PER_STEP = 1.5e-3
 # Messages, ledger and records by client and round; evaluation's and records' fixed part by round; imports, data and the
 # closing figures by run. configs/quickstart.toml, whose clients have next to nothing to compute.
