@@ -18,6 +18,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fed_dpprune.errors import ConfigError
 
+# Far past any schedule in use; a plan holds a figure for each round, and a slip of the keyboard must not fill the memory.
+MOST_ROUNDS = 10_000
+
 Value = bool | int | float | str | list[Any]
 LISTS_AS_TEXT = ","
 
@@ -107,7 +110,7 @@ class Federation(Section):
     backend: Literal["ray", "inline"] = "ray"
     clients: Count = 10
     clients_per_round: Annotated[int, Field(ge=0)] = 0
-    rounds: Count = 20
+    rounds: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = 20
     local_steps: Count = 2
     min_clients: Count = 2
     reply_timeout: Positive = 600.0

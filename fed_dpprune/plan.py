@@ -1,6 +1,7 @@
 """Config and facts to every number that can be known before a run: noise, epsilon, live counts, bytes. Pure.
 
-The run uses these very numbers, so what the plan says is what the run does. Nothing here reads a feature of an example.
+The run uses these very numbers, so what the plan says is what the run does; only memory and time are estimates
+(`estimate.py`). Nothing here reads a feature of an example.
 Read first: `make_plan`.
 """
 
@@ -18,11 +19,13 @@ from fed_dpprune.comm.arithmetic import selected_payload
 from fed_dpprune.comm.codecs.table import codec
 from fed_dpprune.comm.downlink import MOST_KEPT
 from fed_dpprune.comm.masks import entropy_bound_bytes, packed_size_bound
-from fed_dpprune.errors import ConfigError
-from fed_dpprune.models.flat import Layout
+from fed_dpprune.errors import ClientFault, ConfigError
+from fed_dpprune.estimate import Estimate, estimate
+from fed_dpprune.models.flat import Layout, Work
 from fed_dpprune.privacy import calibration
 from fed_dpprune.privacy.accountants import table as accountants
 from fed_dpprune.privacy.history import Entry
+from fed_dpprune.privacy.policy import ClientPolicy
 from fed_dpprune.sparsity.prune import drawn, survivors_count
 from fed_dpprune.sparsity.recipe import group, round_support
 from fed_dpprune.sparsity.schedule import live_by_round, steps_differ
@@ -40,11 +43,15 @@ class Facts:
         layout: Coordinate order of the net.
         nominal_sizes: N_c by partition id; declared public.
         test_size: Held-out examples.
+        work: Of the forward pass of one example; None where it cannot be counted.
+        actors: Client processes at work at a time.
     """
 
     layout: Layout
     nominal_sizes: tuple[int, ...]
     test_size: int = 0
+    work: Work | None = None
+    actors: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ class Plan:
     uplink: Traffic
     downlink: Traffic
     max_rounds: int | None
+    estimate: Estimate
     warnings: tuple[str, ...] = ()
 
     @property
@@ -151,6 +159,7 @@ class Plan:
             "live_exact": self.live_exact,
             "bytes": {"uplink": traffic(self.uplink), "downlink": traffic(self.downlink)},
             "max_rounds": self.max_rounds,
+            "estimate": self.estimate.as_json(),
             "warnings": list(self.warnings),
         }
 
@@ -288,6 +297,34 @@ def _max_rounds(config: cfg.Config, noise: float, rates: Sequence[float]) -> int
     privacy = config.privacy
     steps = calibration.max_steps(min(limits), privacy.delta, max(rates), noise, privacy.accountant)
     return steps // config.federation.local_steps
+
+
+def _policy_warnings(
+    config: cfg.Config, facts: Facts, rates: Sequence[float], noise: float, epsilon_by_round: Sequence[float]
+) -> tuple[str, ...]:
+    """Where the [policy] will stop clients before the last round: the limit, and the rounds that fit below it."""
+    rounds = config.federation.rounds
+    policy = ClientPolicy.from_config(config.policy)
+    for client, (rate, size) in enumerate(zip(rates, facts.nominal_sizes, strict=True)):
+        try:
+            policy.check(
+                noise_multiplier=noise,
+                sample_rate=rate,
+                steps=config.federation.local_steps,
+                delta=config.privacy.delta,
+                clip_norm=config.privacy.clip_norm,
+                # Which support a round has is known when it is made; the client checks its origin then.
+                provenance=next(iter(policy.allow_provenance), ""),
+                nominal_size=size,
+            )
+        except ClientFault as fault:
+            return (f"0 of the {rounds} rounds fit: client {client} will refuse each ({policy.explain(fault.code)})",)
+    limit = config.policy.max_epsilon
+    fitting = rounds if limit is None else sum(spent <= limit for spent in epsilon_by_round)
+    if fitting == rounds:
+        return ()
+    allowed = f"policy.max-epsilon = {limit:g} lets {fitting} of the {rounds} rounds happen"
+    return (f"{allowed}: in round {fitting + 1} clients will refuse",)
 
 
 def _draws_known(config: cfg.Config) -> bool:
@@ -540,6 +577,7 @@ def make_plan(config: cfg.Config, facts: Facts, *, cohorts_known: bool = True) -
     book = EpsilonBook(noise, config.privacy.delta, config.privacy.accountant)
     survivors = _survivors(config, facts.layout)
     counts = _LiveCounts(config, facts.layout, survivors, cohorts)
+    epsilon_by_round = _epsilon_by_round(book, rates, table)
     return Plan(
         noise_multiplier=noise,
         delta=config.privacy.delta,
@@ -548,7 +586,7 @@ def make_plan(config: cfg.Config, facts: Facts, *, cohorts_known: bool = True) -
         sample_rates=rates,
         cohorts=cohorts,
         steps_by_client=tuple(table[-1]),
-        epsilon_by_round=_epsilon_by_round(book, rates, table),
+        epsilon_by_round=epsilon_by_round,
         parameters=facts.layout.d,
         survivors=survivors.k,
         live_by_round=counts.by_round,
@@ -556,5 +594,15 @@ def make_plan(config: cfg.Config, facts: Facts, *, cohorts_known: bool = True) -
         uplink=_uplink(config, facts.layout, counts, cohorts),
         downlink=_downlink(config, facts.layout, counts, cohorts, survivors.k),
         max_rounds=_max_rounds(config, noise, rates),
-        warnings=warnings,
+        estimate=estimate(
+            config,
+            facts.layout,
+            facts.work,
+            batches=[rate * size for rate, size in zip(rates, facts.nominal_sizes, strict=True)],
+            cohorts=cohorts,
+            live_by_round=counts.by_round,
+            test_size=facts.test_size,
+            actors=facts.actors,
+        ),
+        warnings=warnings + _policy_warnings(config, facts, rates, noise, epsilon_by_round),
     )

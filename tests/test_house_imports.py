@@ -22,11 +22,12 @@ ARROWS: dict[str, set[str]] = {
     "privacy": set(),
     "sparsity": set(),
     "console": set(),
-    "plan": {"comm", "privacy", "sparsity.prune", "sparsity.recipe", "sparsity.schedule"},
+    "estimate": set(),
+    "plan": {"estimate", "comm", "privacy", "sparsity.prune", "sparsity.recipe", "sparsity.schedule"},
     # Figures read records and nothing else, so they stand below the run that draws its own curves.
     "study.figures": set(),
     "federation": {"plan", "comm", "data", "dpsgd", "models", "privacy", "sparsity", "study.figures"},
-    "study": {"federation", "console", "plan", "comm", "data", "dpsgd", "models", "privacy", "sparsity"},
+    "study": {"federation", "console", "plan", "estimate", "comm", "data", "dpsgd", "models", "privacy", "sparsity"},
     "starter": set(),
     "doctor": {"console", "data", "dpsgd", "privacy"},
     "cli": {

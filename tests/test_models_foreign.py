@@ -12,6 +12,7 @@ from torch import nn
 
 from fed_dpprune.errors import ConfigError, DataError
 from fed_dpprune.models import foreign, initial, layout_cache, registry, vector, weights
+from fed_dpprune.models.flat import Work
 from fed_dpprune.models.registry import ModelSpec
 
 MODULE = """
@@ -153,22 +154,23 @@ def test_a_torchvision_layout_is_remembered_without_torch(monkeypatch):
     first = registry.layout(one)
     code = (
         "import sys; from fed_dpprune.models import registry\n"
-        f"l = registry.layout(registry.{one!r})\n"
-        "print(l.digest, 'torch' in sys.modules)"
+        f"l, work = registry.described(registry.{one!r})\n"
+        "print(l.digest, work.multiply_adds, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [first.digest, "False"]
+    assert done.stdout.split() == [first.digest, str(registry.described(one)[1].multiply_adds), "False"]
 
 
-@pytest.mark.parametrize("blob", ["", "{", "[1]", '[{"name": "x"}]'])
-def test_a_damaged_memory_is_made_again(blob):
+@pytest.mark.parametrize("blob", ["", "{", "[1]", '[{"name": "x"}]', '{"tensors": []}', '{"tensors": [], "work": {"x": 1}}'])
+@pytest.mark.parametrize("work", [Work(12, 7), None])
+def test_a_damaged_memory_is_made_again(blob, work):
     one = spec("torchvision:squeezenet1_1", (3, 32, 32))
-    made = foreign.tensors(nn.Linear(3, 4))
+    made = foreign.tensors(nn.Linear(3, 4)), work
     path = layout_cache._path(one)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(blob)
-    assert layout_cache.tensors(one, lambda: made) == made
-    assert layout_cache.tensors(one, lambda: ()) == made
+    assert layout_cache.parts(one, lambda: made) == made
+    assert layout_cache.parts(one, lambda: ((), None)) == made
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,53 @@ def test_the_largest_number_of_rounds_fits_and_one_more_does_not():
     assert fits.epsilon_max <= 1.8 < past.epsilon_max
 
 
+@pytest.mark.parametrize("asked", [0, 3])
+def test_a_budget_that_stops_the_run_is_warned_of_and_the_run_stops_there(asked, tmp_path):
+    changes = {"policy.max-epsilon": 1.8, "federation.clients-per-round": asked, "federation.min-clients": asked or 4}
+    conf = small_run.config(**changes)
+    made = prepare(conf)[1]
+    fitting = sum(spent <= 1.8 for spent in made.epsilon_by_round)
+    assert 0 < fitting < 4
+    assert f"policy.max-epsilon = 1.8 lets {fitting} of the 4 rounds happen" in made.warnings[-1]
+    outcome = small_run.run(conf, tmp_path)[0]
+    assert (outcome.exit_code, outcome.summary["rounds"]) == (3, fitting)
+    rows = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [row["clients"]["refused"] > 0 for row in rows] == [False] * fitting + [True]
+
+
+def test_a_budget_that_suffices_is_no_warning():
+    assert planned(**{"policy.max-epsilon": planned().epsilon_max}).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("limit", "text"),
+    [
+        ({"policy.max-sample-rate": 0.05}, "policy.max-sample-rate"),
+        ({"policy.min-noise-multiplier": 1.3}, "policy.min-noise-multiplier"),
+        ({"policy.max-steps-per-round": 1}, "policy.max-steps-per-round"),
+    ],
+)
+def test_a_limit_that_no_round_keeps_is_warned_of_with_what_would_fit(limit, text):
+    (warning,) = planned(**limit).warnings
+    assert warning.startswith("0 of the 4 rounds fit: client 0 will refuse each")
+    assert text in warning
+    assert f"{next(iter(limit.values())):g}" in warning
+
+
+def test_the_client_named_is_the_one_that_samples_too_often():
+    (warning,) = planned((400, 400, 100, 400), **{"policy.max-sample-rate": 0.2}).warnings
+    assert "client 2 will refuse" in warning
+
+
+@pytest.mark.parametrize("rounds", [10_001, 10**9])
+def test_rounds_past_any_schedule_are_refused_at_once(rounds, tmp_path, capsys):
+    path = tmp_path / "small.toml"
+    path.write_text(cfg.to_toml(small_run.config()))
+    assert cli.main(["plan", str(path), "--set", f"federation.rounds={rounds}"]) == 2
+    error = capsys.readouterr().err
+    assert "federation.rounds" in error and "10000" in error
+
+
 def test_without_a_budget_there_is_no_largest_number_of_rounds():
     assert planned().max_rounds is None
 
@@ -173,6 +220,7 @@ def test_plan_json_has_the_keys_of_the_contract(file, capsys, tmp_path):
     assert list(made["nominal_sizes"]) == ["0", "1", "2", "3"]
     assert len(made["epsilon_by_round"]) == len(made["live_by_round"]) == 4
     assert made["max_rounds"] == 2
+    assert any("policy.max-epsilon" in text for text in made["warnings"])
     assert [p.name for p in tmp_path.iterdir()] == ["small.toml"]
 
 

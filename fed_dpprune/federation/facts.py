@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fed_dpprune.data import registry as datasets
 from fed_dpprune.data.dataset import Labels
 from fed_dpprune.models import registry as nets
 from fed_dpprune.models import weights
-from fed_dpprune.models.flat import Layout
+from fed_dpprune.models.flat import Layout, Work
 from fed_dpprune.models.spec import from_config
 from fed_dpprune.plan import Facts, Plan, make_plan
 from fed_dpprune.sparsity import files
@@ -29,16 +30,28 @@ class Gathered:
         labels: Of the training rows, with shapes.
         parts: The rows of each client, drawn once.
         layout: Coordinate order.
+        work: Of a forward pass; None where it cannot be counted.
+        actors: Client processes at work at a time.
     """
 
     labels: Labels
     parts: list[NDArray[np.int64]]
     layout: Layout
+    work: Work | None
+    actors: int
 
     @property
     def facts(self) -> Facts:
         """For `make_plan`: in simulation a client's nominal size is its part's, by declaration."""
-        return Facts(self.layout, tuple(len(part) for part in self.parts), self.labels.test_size)
+        return Facts(self.layout, tuple(len(part) for part in self.parts), self.labels.test_size, self.work, self.actors)
+
+
+def actors(config: cfg.Config) -> int:
+    """Client processes: as the config says, else one per core that this process may use, at most one per client asked."""
+    if config.federation.backend == "inline":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.federation.actors or min(cores, config.federation.cohort)
 
 
 def gather(config: cfg.Config) -> Gathered:
@@ -49,9 +62,9 @@ def gather(config: cfg.Config) -> Gathered:
         DataError: The data is missing or damaged.
     """
     labels = datasets.labels(config.data, config.seed)
-    layout = nets.layout(from_config(config.model, labels.input_shape, labels.classes))
+    layout, work = nets.described(from_config(config.model, labels.input_shape, labels.classes))
     parts = partition.draw(config.data, config.federation.clients, labels.y, labels.natural, config.seed)
-    return Gathered(labels, parts, layout)
+    return Gathered(labels, parts, layout, work, actors(config))
 
 
 def prepare(config: cfg.Config) -> tuple[Gathered, Plan]:

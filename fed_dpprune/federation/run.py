@@ -20,7 +20,7 @@ from fed_dpprune import config as cfg
 from fed_dpprune.data import registry as datasets
 from fed_dpprune.errors import FedDPPruneError, LedgerError, RunStopped
 from fed_dpprune.federation import checkpoint, simulation, summary
-from fed_dpprune.federation.facts import Gathered, prepare
+from fed_dpprune.federation.facts import Gathered, actors, prepare
 from fed_dpprune.federation.guard import LedgerGuard
 from fed_dpprune.federation.host import HostGrid
 from fed_dpprune.federation.model_store import SharedStore
@@ -233,7 +233,7 @@ def execute(
     identity = run_identity(config)
     ledger = _open_ledger(files, config, identity)
     store = SharedStore(files.models, gathered.layout.d)
-    clock = summary.Clock(actors=simulation.actors(config))
+    clock = summary.Clock(actors=actors(config))
     recorder = DirRecorder(files, config, ledger, store, clock, SeededSecrets(config.seed).label)
     stop = threading.Event()
     servers: list[Server] = []

@@ -28,7 +28,7 @@ from fed_dpprune.data.dataset import Dataset
 from fed_dpprune.errors import FedDPPruneError
 from fed_dpprune.federation.client import ClientRuntime, ClientSetup, HostGuard, Received
 from fed_dpprune.federation.dispatch import prompt_dispatch
-from fed_dpprune.federation.facts import gather
+from fed_dpprune.federation.facts import actors, gather
 from fed_dpprune.federation.inline import InlineGrid
 from fed_dpprune.federation.local_train import Share
 from fed_dpprune.federation.model_store import SharedStore
@@ -206,11 +206,3 @@ def run_ray(clients: SimulatedClients, serve: Callable[[Grid], None], stop: thre
         raise failure[0]
     if not served.is_set():
         raise FedDPPruneError("ray", "the simulation ended before the run did", "see log.txt")
-
-
-def actors(config: cfg.Config) -> int:
-    """Client processes: as the config says, else one per core that this process may use, at most one per client asked."""
-    if config.federation.backend == "inline":
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.federation.actors or min(cores, config.federation.cohort)

@@ -46,6 +46,22 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What the forward pass of one example takes.
+
+    Attributes:
+        multiply_adds: Of linear and convolution layers; biases, norms and activations add next to nothing.
+        values: Outputs of all layers together, which a backward pass needs again.
+    """
+
+    multiply_adds: int
+    values: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.multiply_adds + other.multiply_adds, self.values + other.values)
+
+
+@dataclass(frozen=True)
 class Layout:
     """All tensors of a model in coordinate order."""
 

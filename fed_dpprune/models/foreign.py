@@ -16,7 +16,7 @@ from torch import nn
 
 from fed_dpprune import dotted
 from fed_dpprune.errors import ConfigError
-from fed_dpprune.models.flat import Tensor
+from fed_dpprune.models.flat import Tensor, Work
 from fed_dpprune.models.spec import TORCHVISION, ModelSpec
 
 AUXILIARY = ("googlenet", "inception_v3")  # classifiers with side outputs, which are left out
@@ -147,3 +147,33 @@ def tensors(module: nn.Module) -> tuple[Tensor, ...]:
     return tuple(
         Tensor(name, tuple(p.shape), *known.get(id(p), ("other", 0)), head=id(p) in head) for name, p in module.named_parameters()
     )
+
+
+def work(module: nn.Module, input_shape: tuple[int, ...]) -> Work | None:
+    """What the forward pass of one example takes, counted while one of zeros goes through; None where it cannot be counted.
+
+    Every product that torch's counter knows is counted wherever the module's code makes it (linear and convolution layers,
+    matmul, attention); values are those that autograd keeps for a backward pass. A recurrent layer may run as one operation
+    that the counter does not know, so a net with one is not counted.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+        return None
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # by storage; holding them keeps an address from being used twice
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        place = value.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = value
+        return value
+
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.enable_grad(), counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            module(torch.zeros(1, *input_shape))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        return None
+    multiply_adds = counter.get_total_flops() // 2
+    return Work(multiply_adds, sum(value.numel() for value in kept.values())) if multiply_adds else None

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fed_dpprune.models.flat import Tensor
+from fed_dpprune.models.flat import Tensor, Work
 
 Shape = tuple[int, ...]
 
@@ -31,6 +31,10 @@ class Layer:
         """Parameters by their name inside the layer, in torch's order, for an input of `shape`."""
         yield from ()
 
+    def work(self, shape: Shape) -> Work:
+        """Of one example of `shape`: by default no multiply-adds, and as many values as come out."""
+        return Work(0, math.prod(self.output(shape)))
+
 
 Net = tuple[tuple[str, Layer], ...]
 
@@ -42,6 +46,10 @@ class Flatten(Layer):
     def output(self, shape: Shape) -> Shape:
         """(features,)."""
         return (math.prod(shape),)
+
+    def work(self, shape: Shape) -> Work:
+        """None: the same values under another shape."""
+        return Work(0, 0)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,10 @@ class Linear(Layer):
         """Weight and bias."""
         yield Tensor("weight", (self.outputs, shape[0]), "weight", shape[0])
         yield Tensor("bias", (self.outputs,), "bias", shape[0])
+
+    def work(self, shape: Shape) -> Work:
+        """A multiply-add for each weight."""
+        return Work(self.outputs * shape[0], self.outputs)
 
 
 def _image(shape: Shape) -> tuple[int, int, int]:
@@ -103,6 +115,11 @@ class Conv(Layer):
         yield Tensor("weight", (self.outputs, shape[0], self.kernel, self.kernel), "weight", fan_in)
         if self.bias:
             yield Tensor("bias", (self.outputs,), "bias", fan_in)
+
+    def work(self, shape: Shape) -> Work:
+        """A multiply-add for each weight of a channel, at every output value."""
+        values = math.prod(self.output(shape))
+        return Work(values * shape[0] * self.kernel**2, values)
 
 
 @dataclass(frozen=True)
@@ -182,6 +199,12 @@ class Residual(Layer):
         yield from tensors(self.body, inside, "body.")
         yield from tensors(self.shortcut or (), inside, "shortcut.")
 
+    def work(self, shape: Shape) -> Work:
+        """That of entry, body and shortcut, and the values of their sum."""
+        inside = output(self.entry, shape)
+        parts = work(self.entry, shape) + work(self.body, inside) + work(self.shortcut or (), inside)
+        return parts + Work(0, math.prod(self.output(shape)))
+
 
 def output(net: Net, shape: Shape) -> Shape:
     """Shape after the last layer; raises DoesNotFit."""
@@ -197,6 +220,15 @@ def tensors(net: Net, shape: Shape, prefix: str = "") -> Iterator[Tensor]:
         for tensor in layer.tensors(shape):
             yield Tensor(f"{prefix}{name}.{tensor.name}", tensor.shape, tensor.kind, tensor.fan_in)
         shape = after
+
+
+def work(net: Net, shape: Shape) -> Work:
+    """Of all layers together, for one example of `shape`; raises DoesNotFit."""
+    total = Work(0, 0)
+    for _, layer in net:
+        total += layer.work(shape)
+        shape = layer.output(shape)
+    return total
 
 
 def shapes(net: Net, shape: Shape) -> Iterator[Shape]:

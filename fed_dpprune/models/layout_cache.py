@@ -1,4 +1,4 @@
-"""Layouts of torchvision's nets, remembered as JSON in FED_DPPRUNE_CACHE: the second `plan` needs no torch.
+"""Layouts and work of torchvision's nets, remembered as JSON in FED_DPPRUNE_CACHE: the second `plan` needs no torch.
 
 The key holds the versions of the libraries that make the net, so an upgrade makes a new entry. A damaged or unwritable
 cache is no error: the layout is made again.
@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from fed_dpprune.models.flat import Tensor
+from fed_dpprune.models.flat import Tensor, Work
 from fed_dpprune.models.spec import ModelSpec
 from fed_dpprune.places import cache_root
 from fed_dpprune.records import write_atomically
@@ -22,16 +23,26 @@ from fed_dpprune.records import write_atomically
 MAKERS = ("torch", "torchvision", "opacus", "fed-dpprune")
 
 
-def tensors(spec: ModelSpec, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The tensors of a net (none frozen), from the cache or from `make`."""
+Parts = tuple[tuple[Tensor, ...], Work | None]
+
+
+def parts(spec: ModelSpec, make: Callable[[], Parts]) -> Parts:
+    """The tensors of a net (none frozen) and its work, from the cache or from `make`."""
     path = _path(spec)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return tuple(Tensor(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(path.read_text(encoding="utf-8")))
+        return _read(json.loads(path.read_text(encoding="utf-8")))
     made = make()
+    tensors, work = made
+    row = {"tensors": [asdict(tensor) for tensor in tensors], "work": None if work is None else asdict(work)}
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps([asdict(tensor) for tensor in made]))
+        write_atomically(path, json.dumps(row))
     return made
+
+
+def _read(row: Any) -> Parts:
+    tensors = tuple(Tensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in row["tensors"])
+    return tensors, None if row["work"] is None else Work(**row["work"])
 
 
 def _path(spec: ModelSpec) -> Path:

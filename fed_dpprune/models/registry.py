@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from fed_dpprune import dotted
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.models import layers, layout_cache
-from fed_dpprune.models.flat import Layout, Tensor
+from fed_dpprune.models.flat import Layout, Tensor, Work
 from fed_dpprune.models.spec import TORCHVISION
 from fed_dpprune.models.spec import ModelSpec as ModelSpec  # re-exported: the spec belongs to this front door
 from fed_dpprune.models.spec import from_config as from_config
@@ -53,15 +53,16 @@ def _is_foreign(name: str) -> bool:
     raise ConfigError("model.name", f"{name!r} is not a net", f"did you mean {near[0]!r}?" if near else f"use {kinds}")
 
 
-def _foreign_tensors(spec: ModelSpec) -> tuple[Tensor, ...]:
+def _foreign_parts(spec: ModelSpec) -> tuple[tuple[Tensor, ...], Work | None]:
     """Remembered for torchvision's nets; a user's factory is asked every time, since its code may have changed."""
 
-    def make() -> tuple[Tensor, ...]:
+    def make() -> tuple[tuple[Tensor, ...], Work | None]:
         from fed_dpprune.models import foreign
 
-        return foreign.tensors(_foreign(spec))
+        module = _foreign(spec)
+        return foreign.tensors(module), foreign.work(module, spec.input_shape)
 
-    return layout_cache.tensors(spec, make) if spec.name.startswith(TORCHVISION) else make()
+    return layout_cache.parts(spec, make) if spec.name.startswith(TORCHVISION) else make()
 
 
 def _foreign(spec: ModelSpec) -> nn.Module:
@@ -77,7 +78,7 @@ def _foreign(spec: ModelSpec) -> nn.Module:
 def _tensors(spec: ModelSpec) -> tuple[Tensor, ...]:
     """Parameters of the net, the head marked, nothing frozen."""
     if _is_foreign(spec.name):
-        return _foreign_tensors(spec)
+        return _foreign_parts(spec)[0]
     net = _net(spec)
     try:
         tensors = tuple(layers.tensors(net, spec.input_shape))
@@ -118,6 +119,18 @@ def layout(spec: ModelSpec) -> Layout:
         ConfigError: Unknown net, a net that does not fit the input, or a freeze pattern that matches nothing.
     """
     return Layout(freeze(_tensors(spec), spec.freeze_layers))
+
+
+def described(spec: ModelSpec) -> tuple[Layout, Work | None]:
+    """(the layout, what a forward pass of one example takes or None where that cannot be counted).
+
+    Raises:
+        ConfigError: As `layout`.
+    """
+    if _is_foreign(spec.name):
+        tensors, work = _foreign_parts(spec)
+        return Layout(freeze(tensors, spec.freeze_layers)), work
+    return layout(spec), layers.work(_net(spec), spec.input_shape)
 
 
 def build(spec: ModelSpec) -> nn.Module:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpprune.config import Config
+from fed_dpprune.estimate import ASSUMES, Estimate
 from fed_dpprune.plan import Plan
 from fed_dpprune.privacy import statement
 from fed_dpprune.privacy.accountants import table as accountants
@@ -120,9 +121,32 @@ def planned(plan: Plan, config: Config) -> Iterator[str]:
                 f"           with up to {megabytes(way.positions.most)} of positions a message, {k:,} of {n:,}; "
                 f"entropy bound {megabytes(way.positions.entropy_bound)}"
             )
+    yield from _estimated(plan.estimate)
     if plan.max_rounds is not None:
         yield f"budget     allows {plan.max_rounds} rounds for a client that is asked in each of them"
     yield from (f"warning    {text}" for text in plan.warnings)
+
+
+def _estimated(rough: Estimate) -> Iterator[str]:
+    """Memory and time, and what they assume."""
+    if rough.seconds is None or rough.client_memory_bytes is None or rough.seconds_per_round is None:
+        yield "memory     not estimated: what this net multiplies and adds cannot be counted"
+        yield "time       not estimated"
+        return
+    yield f"memory     {megabytes(rough.client_memory_bytes)} per client process, {rough.actors} at work at a time (an estimate)"
+    yield (
+        f"time       {duration(rough.seconds_per_round)} per round, {duration(rough.seconds)} in all (an estimate from "
+        f"{rough.multiply_adds_per_example:,} multiply-adds per example)"
+    )
+    yield f"           assumed: {ASSUMES}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, two digits."""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} s"
 
 
 def _bound(exact: bool) -> str:
