@@ -32,25 +32,28 @@ def contributions(
     n = calls[0].gradient.shape[0]
     if any(call.arguments[0].ndim < 2 for call in calls):
         raise Unfit("a linear layer without a dimension for the examples")
-    a = _joined([call.x.reshape(n, -1, linear.in_features) for call in calls])
-    g = _joined([call.g.reshape(n, -1, linear.out_features) for call in calls])
+    a = _joined([call.x for call in calls], n, linear.in_features)
+    g = _joined([call.g for call in calls], n, linear.out_features)
     found: dict[str, Contribution] = {}
     if "bias" in live:
-        found["bias"] = Values(pick(g.squeeze(1) if g.shape[1] == 1 else g.sum(1), live["bias"]))
+        found["bias"] = Values(pick(g if g.ndim == 2 else g.sum(1), live["bias"]))
     if "weight" in live:
         found["weight"] = _weight(a, g, live["weight"], kernel)
     return found
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Calls of one layer as one longer sequence, shape (n, positions, features)."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+def _joined(parts: list[Tensor], n: int, features: int) -> Tensor:
+    """Calls of one layer as one longer sequence, shape (n, positions, features), or (n, features) with a single position."""
+    if len(parts) == 1 and parts[0].ndim == 2:
+        return parts[0]
+    sequences = [part.reshape(n, -1, features) for part in parts]
+    joined = sequences[0] if len(parts) == 1 else torch.cat(sequences, 1)
+    return joined.squeeze(1) if joined.shape[1] == 1 else joined
 
 
 def _weight(a: Tensor, g: Tensor, live: LiveTensor, kernel: Kernel | None) -> Contribution:
-    if a.shape[1] > 1:
+    if a.ndim > 2:
         return _several(a, g, live, kernel)
-    a, g = a.squeeze(1), g.squeeze(1)
     if live.product:
         return Outer(a, g, live)
     if kernel is not None and live.count < DENSE_FROM * live.size:
@@ -124,37 +127,35 @@ class Sampled(_OnePosition):
 
     def __init__(self, a: Tensor, g: Tensor, live: LiveTensor, kernel: Kernel) -> None:
         super().__init__(a.contiguous(), g.contiguous(), live)
-        self._kernel, n = kernel, a.shape[0]
-        self._groups = -(-n // kernel.lanes)
-        squared = torch.empty(self._groups * kernel.lanes, dtype=torch.float64)
-        (self._turned, plain_a), (turned_g, plain_g) = self._turn(self.a, None), self._turn(self.g, None)
-        self.squared = squared[:n]
-        if plain_a and plain_g:
-            self._run(kernel.library.linear_squared, self._turned, turned_g, squared)
-        else:
+        self._kernel = kernel
+        self._turned = self._scratch(a)
+        squared = torch.empty(self._turned.shape[1], dtype=torch.float64)
+        self.squared = squared[: len(a)]
+        if self._norms(self._turned, None, None, squared):  # beyond the plain range
             a_scale, g_scale = _scale(a).flatten(), _scale(g).flatten()
-            scaled = self._turn(self.a, _padded(1 / a_scale))[0], self._turn(self.g, _padded(1 / g_scale))[0]
-            self._run(kernel.library.linear_squared, *scaled, squared)
+            self._norms(self._scratch(a), _padded(1 / a_scale), _padded(1 / g_scale), squared)
             self.squared = self.squared * (a_scale.double() * g_scale.double()).square()
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        self._run(self._kernel.library.linear_sum, self._turned, self._turn(self.g, factors)[0], out)
+        n, rows = self.g.shape
+        turned_g = self._scratch(self.g)
+        scaled = self.g.data_ptr(), self.g.stride(0), factors.data_ptr()
+        into = turned_g.data_ptr(), out.data_ptr()
+        self._kernel.library.linear_sum(n, rows, self._turned.data_ptr(), *scaled, *self.live.row_addresses, *into)
 
-    def _turn(self, source: Tensor, scale: Tensor | None) -> tuple[Tensor, bool]:
-        """(n, features) -> (features, n padded), each example times its scale; and whether all is within the plain range."""
-        n, features = source.shape
-        target = torch.empty(features, self._groups * self._kernel.lanes)
-        factors = None if scale is None else scale.data_ptr()
-        large = self._kernel.library.turned(
-            n, features, source.stride(0), source.data_ptr(), factors, PLAIN_RANGE, target.data_ptr()
-        )
-        return target, not large
+    def _norms(self, turned_a: Tensor, a_scale: Tensor | None, g_scale: Tensor | None, squared: Tensor) -> bool:
+        """Squared norms of the scaled operands; True when they cannot be taken without scales."""
+        a, g, turned_g = self.a, self.g, self._scratch(self.g)
+        scales = [None if scale is None else scale.data_ptr() for scale in (a_scale, g_scale)]
+        operands = a.data_ptr(), a.stride(0), scales[0], g.data_ptr(), g.stride(0), scales[1]
+        into = turned_a.data_ptr(), turned_g.data_ptr(), squared.data_ptr()
+        run = self._kernel.library.linear_squared
+        return bool(run(len(a), a.shape[1], g.shape[1], *operands, PLAIN_RANGE, *self.live.row_addresses, *into))
 
-    def _run(self, function, a: Tensor, g: Tensor, out: Tensor) -> None:  # type: ignore[no-untyped-def]
-        live = self.live
-        starts, columns = live.row_starts, live.within_row
-        function(self._groups, g.shape[0], a.data_ptr(), g.data_ptr(), starts.ctypes.data, columns.ctypes.data, out.data_ptr())
+    def _scratch(self, source: Tensor) -> Tensor:
+        """Room for (features, n padded)."""
+        return torch.empty(source.shape[1], -(-len(source) // self._kernel.lanes) * self._kernel.lanes)
 
 
 def _squared_norm(value: Tensor) -> Tensor:
