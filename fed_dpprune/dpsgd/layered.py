@@ -7,8 +7,8 @@ one keep no graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,21 +137,28 @@ class Pass:
     def __init__(self, engine: LayerEngine, live: tuple[LiveTensor, ...], n: int) -> None:
         self._engine, self._live, self._n = engine, live, n
         self._sites = engine.sites(live)
-        self._stack = ExitStack()
+        self._taken: list[Callable[[], None]] = []  # what takes the hooks off
         if engine.kernel is not None:
             engine.kernel.library.use_threads(torch.get_num_threads())
 
     def __enter__(self) -> Pass:
-        self.anchor = self._stack.enter_context(_no_parameter_gradients(self._engine.parameters))
+        parameters = self._engine.parameters
+        self._asked = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in self._asked:
+            parameter.requires_grad = False
+        self.anchor = torch.zeros((), requires_grad=True, device=parameters[0].device)
         for site in self._sites:
             hook = _Hook(site, self.anchor, self._n, self._engine.kernel)
             if site.rule is fallback.contributions:
-                self._stack.callback(site.layer.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
-            self._stack.callback(site.layer.register_forward_hook(hook.after, with_kwargs=True).remove)
+                self._taken.append(site.layer.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
+            self._taken.append(site.layer.register_forward_hook(hook.after, with_kwargs=True).remove)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        for take_off in self._taken:
+            take_off()
+        for parameter in self._asked:
+            parameter.requires_grad = True
 
     def contributions(self) -> list[Contribution]:
         """What the backward pass brought, one per live tensor.
@@ -236,19 +243,6 @@ class _Tap(torch.autograd.Function):
         arrive, ctx.arrive = ctx.arrive, None  # lets go of the layer's input now, not when the whole graph goes
         arrive(gradient)
         return gradient if ctx.needs_input_grad[0] else None, None, None
-
-
-@contextmanager
-def _no_parameter_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[Tensor]:
-    """No parameter asks for a gradient inside; yields the one leaf that does, so that there is a graph at all."""
-    asked = [p for p in parameters if p.requires_grad]
-    try:
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        yield torch.zeros((), requires_grad=True, device=parameters[0].device)
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
 
 
 def _exact_products(device: torch.device) -> AbstractContextManager[None]:
