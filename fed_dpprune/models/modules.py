@@ -54,7 +54,7 @@ class MaxPool(nn.MaxPool2d):
             return plain.contiguous()
         pooled: torch.Tensor = super().forward(_channels_inside(x))
         if pooled.requires_grad:  # a gradient in the usual order would choose the scalar kernel again
-            pooled.register_hook(_channels_inside)
+            pooled.register_hook(_channels_inside)  # type: ignore[no-untyped-call]
         return pooled.contiguous()
 
 
