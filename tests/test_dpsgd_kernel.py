@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fed_dpprune.dpsgd import compiled
 from fed_dpprune.dpsgd.clipping import Clipping
-from fed_dpprune.dpsgd.grad_sample.linear import Masked, Sampled
+from fed_dpprune.dpsgd.grad_sample.linear import Compressed, Masked, Sampled
 from fed_dpprune.dpsgd.gradient import PrivateGradient
 from fed_dpprune.dpsgd.live import LiveTensor
 from fed_dpprune.errors import ConfigError
@@ -121,14 +121,23 @@ def test_the_kernel_is_right_on_cpus_with_shorter_vectors(fresh, monkeypatch, fl
         assert engine.route == "compiled"
 
 
-@pytest.mark.parametrize("rule", ["masked", pytest.param("sampled", marks=needs_kernel)])
+needs_mkl = pytest.mark.skipif(not torch._C.has_mkl, reason="torch without compressed rows")
+
+
+@pytest.mark.parametrize(
+    "rule", ["masked", pytest.param("compressed", marks=needs_mkl), pytest.param("sampled", marks=needs_kernel)]
+)
 def test_norms_survive_products_of_huge_inputs_and_tiny_gradients(rule):
     """Squares of what is below 1e-23 vanish in float32; the norm must not, or the example passes unclipped."""
     a, g = torch.full((3, 50), 1e18), torch.full((3, 40), 1e-24)
     a[0], g[0] = 1.0, 1.0
     positions = np.flatnonzero(np.random.default_rng(0).random(2000) < 0.5)
     live = LiveTensor("w", (40, 50), positions, 0)
-    part = Masked(a, g, live) if rule == "masked" else Sampled(a, g, live, compiled.load())
+    part = (
+        Sampled(a, g, live, compiled.load())
+        if rule == "sampled"
+        else {"masked": Masked, "compressed": Compressed}[rule](a, g, live)
+    )
     expected = positions.size * np.array([1.0, 1e-12, 1e-12])
     np.testing.assert_allclose(part.squared.numpy(), expected, rtol=1e-5)
     out = torch.empty(positions.size)

@@ -157,6 +157,18 @@ class ConvTwice(nn.Module):
         return self.head(torch.relu(self.conv(torch.relu(self.conv(x)))).mean((2, 3)))
 
 
+class TiedConvs(nn.Module):
+    """One weight in two layers, with a bias in the first alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, bias=False), nn.Linear(3, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.b(torch.tanh(self.a(x)))).mean((2, 3)))
+
+
 class RawParameter(nn.Module):
     """A parameter of its own beside a layer, and a layer's weight used outside its layer."""
 
@@ -204,6 +216,7 @@ class InPlace(nn.Module):
 ODD = {
     "twice": (Twice, (5,), 7, True),
     "conv-twice": (ConvTwice, (3, 6, 6), 0, True),
+    "tied-convs": (TiedConvs, (3, 6, 6), 0, True),
     "in-place": (InPlace, (2, 6, 6), 0, True),
     "raw": (RawParameter, (5,), 0, False),
     "time-first": (lambda: TimeFirst(6), (6, 4), 0, False),

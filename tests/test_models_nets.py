@@ -304,3 +304,24 @@ def test_max_pooling_is_torchs_to_the_bit_with_ties_forward_and_backward(stride)
     (expected * weights).sum().backward()
     assert torch.equal(got, expected)
     assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.slow  # the dispatch mode alone takes seconds to load
+def test_the_gradient_reaches_max_pooling_with_channels_innermost():
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fed_dpprune.models.modules import MaxPool
+
+    inside = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "max_pool2d_with_indices_backward" in str(function):
+                inside.append(args[0].is_contiguous(memory_format=torch.channels_last))
+            return function(*args, **(kwargs or {}))
+
+    pooled = MaxPool(2, 1)(torch.randn(2, 4, 6, 6, requires_grad=True))
+    with Watch():
+        pooled.flatten(1).sum().backward()
+    assert inside == [True]

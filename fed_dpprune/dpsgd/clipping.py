@@ -60,13 +60,14 @@ class Clipping:
             Shape (L, n), float64, finite and >= 0. An example with any squared norm that is not finite gets 0 everywhere: it
             counts as absent, because an error or a NaN would tell that it was there.
         """
-        usable = np.isfinite(squared_norms).all(axis=0) & np.isfinite(squared_norms.sum(axis=0))
-        squared = np.where(usable, squared_norms, 0.0)
+        total = squared_norms.sum(axis=0)
+        usable = np.isfinite(total)  # squares do not cancel: one that is not finite shows in the sum
+        squared = squared_norms if usable.all() else np.where(usable, squared_norms, 0.0)
         if self.mode == "per-layer":
             bound, norm = self.clip_norm / math.sqrt(max(1, squared.shape[0])), np.sqrt(squared)
         else:
-            bound, norm = self.clip_norm, np.sqrt(squared.sum(axis=0, keepdims=True))
+            bound, norm = self.clip_norm, np.sqrt(squared.sum(axis=0))
         norm = norm * (1.0 + slack)
         divisor = norm + STABILITY if self.mode == "automatic" else np.maximum(norm, bound)
         factors = bound / divisor  # exactly 1 where the norm is inside the bound
-        return np.where(usable, np.broadcast_to(factors, squared.shape), 0.0)
+        return np.where(usable, factors, np.zeros_like(squared))

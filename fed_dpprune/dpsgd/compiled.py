@@ -29,9 +29,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "conv_values": [*[_POINTER] * 5, ctypes.c_int, *[_POINTER] * 4],
     "weighted_values": [_INT, _INT, _POINTER, _POINTER, _POINTER],
     "squared_values": [_INT, _INT, _POINTER, _POINTER],
-    "turned": [_INT, _INT, _INT, _POINTER, _POINTER, ctypes.c_float, _POINTER],
-    "linear_squared": [_INT, _INT, *[_POINTER] * 5],
-    "linear_sum": [_INT, _INT, *[_POINTER] * 5],
+    "linear_squared": [*[_INT] * 3, *[_POINTER, _INT, _POINTER] * 2, ctypes.c_float, *[_POINTER] * 5],
+    "linear_sum": [_INT, _INT, _POINTER, _POINTER, _INT, *[_POINTER] * 5],
     "group_norm_values": [*[_INT] * 4, ctypes.c_double, *[_POINTER] * 4],
 }
 

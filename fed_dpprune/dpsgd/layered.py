@@ -7,8 +7,8 @@ one keep no graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,15 +83,14 @@ class LayerEngine:
         """
         while len(x):
             contributions, losses = self._contributions(live, x, y)
-            squared = torch.stack([part.squared for part in contributions])
-            squared = torch.where(torch.isfinite(losses), squared, torch.inf).cpu()
-            usable = torch.isfinite(squared.sum(0))
-            if bool(usable.all()):
-                factors = clipping.factors(squared.numpy(), slack)
-                weights = torch.from_numpy(factors).to(x.device, torch.float32)
+            squared = torch.stack([part.squared for part in contributions]).cpu().numpy()
+            usable = np.isfinite(squared.sum(axis=0)) & np.isfinite(losses.double().cpu().numpy())
+            if usable.all():
+                weights = torch.from_numpy(clipping.factors(squared, slack).astype(np.float32)).to(x.device)
                 return weighted_sums(live, contributions, weights).cpu().numpy()
             # Absent examples leave the batch: scaled by zero, their infinities would still poison the sum.
-            x, y = x[usable.to(x.device)], y[usable.to(y.device)]
+            kept = torch.from_numpy(usable)
+            x, y = x[kept.to(x.device)], y[kept.to(y.device)]
         return np.zeros(live[-1].stop, dtype=np.float32)
 
     def _contributions(self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor) -> tuple[list[Contribution], Tensor]:
@@ -138,20 +137,28 @@ class Pass:
     def __init__(self, engine: LayerEngine, live: tuple[LiveTensor, ...], n: int) -> None:
         self._engine, self._live, self._n = engine, live, n
         self._sites = engine.sites(live)
-        self._stack = ExitStack()
+        self._taken: list[Callable[[], None]] = []  # what takes the hooks off
         if engine.kernel is not None:
             engine.kernel.library.use_threads(torch.get_num_threads())
 
     def __enter__(self) -> Pass:
-        self.anchor = self._stack.enter_context(_no_parameter_gradients(self._engine.parameters))
+        parameters = self._engine.parameters
+        self._asked = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in self._asked:
+            parameter.requires_grad = False
+        self.anchor = torch.zeros((), requires_grad=True, device=parameters[0].device)
         for site in self._sites:
             hook = _Hook(site, self.anchor, self._n, self._engine.kernel)
-            self._stack.callback(site.layer.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
-            self._stack.callback(site.layer.register_forward_hook(hook.after, with_kwargs=True).remove)
+            if site.rule is fallback.contributions:
+                self._taken.append(site.layer.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
+            self._taken.append(site.layer.register_forward_hook(hook.after, with_kwargs=True).remove)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        for take_off in self._taken:
+            take_off()
+        for parameter in self._asked:
+            parameter.requires_grad = True
 
     def contributions(self) -> list[Contribution]:
         """What the backward pass brought, one per live tensor.
@@ -173,8 +180,7 @@ class Pass:
 def weighted_sums(live: tuple[LiveTensor, ...], contributions: Sequence[Contribution], factors: Tensor) -> Tensor:
     """Each tensor's sum over examples of factor times gradient: factors (L, n) -> (k,), float32."""
     out = torch.empty(live[-1].stop, device=factors.device)
-    padded = factors.new_zeros(len(live), -(-factors.shape[1] // PADDING) * PADDING)
-    padded[:, : factors.shape[1]] = factors
+    padded = nn.functional.pad(factors, (0, -factors.shape[1] % PADDING))
     with _exact_products(factors.device):
         for tensor, part, factor in zip(live, contributions, padded, strict=True):
             part.weighted_sum(factor, out[tensor.start : tensor.stop])
@@ -190,8 +196,8 @@ class _Hook:
         self._random: Tensor | None = None
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the random state where a second run of the layer would have to draw the same numbers."""
-        if not self._busy and self.site.rule is fallback.contributions:
+        """Note the random state: a second run of the layer would have to draw the same numbers."""
+        if not self._busy:
             self._random = torch.get_rng_state()
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
@@ -237,19 +243,6 @@ class _Tap(torch.autograd.Function):
         arrive, ctx.arrive = ctx.arrive, None  # lets go of the layer's input now, not when the whole graph goes
         arrive(gradient)
         return gradient if ctx.needs_input_grad[0] else None, None, None
-
-
-@contextmanager
-def _no_parameter_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[Tensor]:
-    """No parameter asks for a gradient inside; yields the one leaf that does, so that there is a graph at all."""
-    asked = [p for p in parameters if p.requires_grad]
-    try:
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        yield torch.zeros((), requires_grad=True, device=parameters[0].device)
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
 
 
 def _exact_products(device: torch.device) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,27 +32,27 @@ class LiveTensor:
     start: int
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Live coordinates, m."""
         return int(self.positions.size)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """All coordinates of the tensor."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
-    @property
+    @cached_property
     def stop(self) -> int:
         """Where its values end in a vector on the support."""
         return self.start + self.count
 
-    @property
+    @cached_property
     def full(self) -> bool:
         """Whether every coordinate lives."""
         return self.count == self.size
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Length of a row: the product of all dimensions but the first."""
         return self.size // self.shape[0] if self.shape else 1
@@ -76,6 +77,11 @@ class LiveTensor:
     def within_row(self) -> NDArray[np.int32]:
         """Place of each live position inside its row, shape (m,), int32."""
         return (self.positions % self.columns).astype(np.int32)
+
+    @cached_property
+    def row_addresses(self) -> tuple[int, int]:
+        """Where `row_starts` and `within_row` lie in memory, for the compiled kernel."""
+        return self.row_starts.ctypes.data, self.within_row.ctypes.data
 
     @cached_property
     def product(self) -> bool:

@@ -49,9 +49,17 @@ class MaxPool(nn.MaxPool2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape (n, channels, height, width)."""
-        plain = x.is_cuda or torch._C._functorch.is_functorch_wrapped_tensor(x)  # it has no memory formats
-        pooled: torch.Tensor = super().forward(x if plain else x.contiguous(memory_format=torch.channels_last))
+        if x.is_cuda or torch._C._functorch.is_functorch_wrapped_tensor(x):  # the latter has no memory formats
+            plain: torch.Tensor = super().forward(x)
+            return plain.contiguous()
+        pooled: torch.Tensor = super().forward(_channels_inside(x))
+        if pooled.requires_grad:  # a gradient in the usual order would choose the scalar kernel again
+            pooled.register_hook(_channels_inside)  # type: ignore[no-untyped-call]
         return pooled.contiguous()
+
+
+def _channels_inside(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class MeanPool(nn.Module):

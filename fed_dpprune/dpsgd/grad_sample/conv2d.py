@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fed_dpprune.dpsgd.compiled import Kernel
-from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Shared, Values, on_device, pick
+from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Shared, Values, pick
 from fed_dpprune.dpsgd.grad_sample.sampled import Window, sliding
 from fed_dpprune.dpsgd.live import LiveTensor
 
 CHUNK_BYTES = 32 * 2**20
-GROUPED_FROM = 100  # output positions; below, the grouped convolution is the slower one (measured on CPU)
+# Output positions from which the grouped convolution is the faster one, unless the windows of one example are small (floats).
+# Measured on CPU.
+GROUPED_FROM = 100
+SMALL_WINDOWS = 16 * 1024
 
 
 def contributions(
@@ -63,26 +67,39 @@ def _torch(x: Tensor, g: Tensor, window: Window, live: Mapping[str, LiveTensor])
 
 def _weights(x: Tensor, g: Tensor, window: Window, live: LiveTensor) -> Tensor:
     """Gradients of the live weights, shape (n, m), some examples at a time; frozen output channels are left out."""
-    n, outputs = g.shape[:2]
-    positions, kept = on_device(live, x.device), outputs
-    if window.groups == 1 and live.rows.size < outputs:
-        rows = torch.as_tensor(live.rows, device=x.device)
-        place = torch.zeros(outputs, device=x.device, dtype=torch.int64)
-        place[rows] = torch.arange(rows.numel(), device=x.device)
-        positions = place[positions // live.columns] * live.columns + positions % live.columns
-        g, kept = g.index_select(1, rows), rows.numel()
-    unfolds = window.groups == 1 and g[0, 0].numel() < GROUPED_FROM
-    one = _unfolded if unfolds else _grouped
-    scratch = live.columns * (g[0, 0].numel() if unfolds else 0) + kept * live.columns
+    places = g[0, 0].numel()
+    unfolds = window.groups == 1 and (places < GROUPED_FROM or places * live.columns < SMALL_WINDOWS)
+    channels_inside = unfolds and not live.full
+    rows, positions = _wanted(live, window, g, channels_inside)
+    if rows is not None:
+        g = g.index_select(1, rows)
+    scratch = live.columns * (places if unfolds else 0) + g.shape[1] * live.columns
     size = max(1, CHUNK_BYTES // (4 * scratch))
     parts = []
-    for start in range(0, n, size):
-        whole = one(x[start : start + size], g[start : start + size], window, live.columns)
-        parts.append(whole if positions.numel() == whole.shape[1] else whole.index_select(1, positions))
-    return torch.cat(parts)
+    for start in range(0, g.shape[0], size):
+        here = slice(start, start + size)
+        whole = _unfolded(x[here], g[here], window, channels_inside) if unfolds else _grouped(x[here], g[here], window)
+        parts.append(whole if live.full else whole.index_select(1, positions))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _grouped(x: Tensor, g: Tensor, window: Window, columns: int) -> Tensor:
+def _wanted(live: LiveTensor, window: Window, like: Tensor, channels_inside: bool) -> tuple[Tensor | None, Tensor]:
+    """The live output channels (None: all), and the live weights' places among the weights of these; once per support."""
+    key = ("wanted", str(like.device), channels_inside)
+    if key not in live.cache:
+        row, column = np.divmod(live.positions, live.columns)
+        rows = None
+        if window.groups == 1 and live.rows.size < like.shape[1]:
+            rows, row = torch.tensor(live.rows, device=like.device), np.searchsorted(live.rows, row)
+        if channels_inside:
+            channel, inside = np.divmod(column, window.kernel[0] * window.kernel[1])
+            column = inside * (live.columns // (window.kernel[0] * window.kernel[1])) + channel
+        live.cache[key] = rows, torch.tensor(row * live.columns + column, device=like.device)
+    found: tuple[Tensor | None, Tensor] = live.cache[key]
+    return found
+
+
+def _grouped(x: Tensor, g: Tensor, window: Window) -> Tensor:
     """All weights of all examples as one convolution with the examples as groups (what vmap makes of it): best on large maps."""
     weight = g.new_empty(g.shape[1], x.shape[1] // window.groups, *window.kernel)
     x = _roomy(x, g, window)
@@ -106,14 +123,22 @@ def _grouped(x: Tensor, g: Tensor, window: Window, columns: int) -> Tensor:
     return torch.func.vmap(one)(x, g).flatten(1)
 
 
-def _unfolded(x: Tensor, g: Tensor, window: Window, columns: int) -> Tensor:
-    """Windows laid out as columns, then one matrix product per example: best on small maps."""
+def _unfolded(x: Tensor, g: Tensor, window: Window, channels_inside: bool) -> Tensor:
+    """Windows laid out as rows, then one matrix product per example: best on small maps.
+
+    With `channels_inside` a window and the result's columns are ordered (vertical, horizontal, channel): longer runs to copy.
+    """
     x = _roomy(x, g, window)
+    if channels_inside:
+        x = x.contiguous(memory_format=torch.channels_last)
     (n, channels), (height, width) = x.shape[:2], g.shape[2:]
     of_n, of_c, of_y, of_x = x.stride()
-    strides = (of_n, of_c, of_y * window.dilation[0], of_x * window.dilation[1], of_y * window.stride[0], of_x * window.stride[1])
-    windows = x.as_strided((n, channels, *window.kernel, height, width), strides).reshape(n, columns, height * width)
-    return torch.bmm(g.flatten(2), windows.transpose(1, 2)).flatten(1)
+    inner = [(channels, of_c), (window.kernel[0], of_y * window.dilation[0]), (window.kernel[1], of_x * window.dilation[1])]
+    if channels_inside:
+        inner.append(inner.pop(0))
+    dimensions = [(n, of_n), (height, of_y * window.stride[0]), (width, of_x * window.stride[1]), *inner]
+    windows = x.as_strided([size for size, _ in dimensions], [stride for _, stride in dimensions])
+    return torch.bmm(g.flatten(2), windows.reshape(n, height * width, -1)).flatten(1)
 
 
 def _roomy(x: Tensor, g: Tensor, window: Window) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,10 +20,10 @@ TILE_BYTES = 512 * 1024
 CHANNEL_BYTES = 192 * 1024
 # Sampled products run at about half the speed of dense ones, so from here on computing all and picking is cheaper.
 DENSE_FROM = 0.55
+_Geometry = ctypes.c_int64 * 26  # struct Shape of the kernel
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """A convolution's geometry: pairs are (vertical, horizontal); padding is what lies above and to the left."""
 
     kernel: tuple[int, int] = (1, 1)
@@ -47,38 +49,58 @@ def sliding(
     Raises:
         MemoryError: The scratch of a thread could not be had.
     """
-    n, outputs = g.shape[:2]
-    groups = -(-n // kernel.lanes)
-    everything = weight is not None and weight.count > DENSE_FROM * weight.size and not weight.product
-    starts, columns, product = _rows(weight, outputs, everything)
-    wanted = np.zeros(outputs, dtype=np.uint8)
-    if bias is not None:
-        wanted[bias.positions] = 1
-    shape = [n, *x.shape[1:], *g.shape[1:], *window.kernel, *window.stride, *window.padding, *window.dilation, window.groups]
-    numbers = np.array([*shape, *x.stride(), *g.stride(), TILE_BYTES, CHANNEL_BYTES], dtype=np.int64)
-    values = torch.empty(groups, int(starts[-1]), kernel.lanes)
-    sums = torch.empty(groups, bias.count if bias else 0, kernel.lanes)
-    squared = torch.empty(groups * kernel.lanes, dtype=torch.float64)
-    failed = kernel.library.conv_values(
-        numbers.ctypes.data,
-        x.data_ptr(),
-        g.data_ptr(),
-        starts.ctypes.data,
-        columns.ctypes.data,
-        int(product),
-        values.data_ptr(),
-        sums.data_ptr() if bias else None,
-        wanted.ctypes.data,
-        squared.data_ptr(),
-    )
-    if failed:
+    asked = _asked(weight, bias, g.shape[1])
+    n, groups, lanes = len(g), -(-len(g) // kernel.lanes), kernel.lanes
+    pairs = (*window.kernel, *window.stride, *window.padding, *window.dilation)
+    geometry = _Geometry(*x.shape, *g.shape[1:], *pairs, window.groups, *x.stride(), *g.stride(), TILE_BYTES, CHANNEL_BYTES)
+    values = torch.empty(groups, asked.count, lanes)
+    sums = torch.empty(groups, bias.count, lanes) if bias else None
+    squared = torch.empty(2, groups * lanes, dtype=torch.float64)
+    starts, columns, wanted = asked.addresses
+    into = values.data_ptr(), sums.data_ptr() if sums is not None else None
+    where = x.data_ptr(), g.data_ptr(), starts, columns, asked.product
+    if kernel.library.conv_values(geometry, *where, *into, wanted, squared.data_ptr()):
         raise MemoryError("no memory for the kernel's scratch")
     weights = None
-    if weight is not None and everything:
+    if weight is not None and asked.everything:
         weights = Blocks(kernel, n, values.index_select(1, on_device(weight, values.device)))
     elif weight is not None:
-        weights = Blocks(kernel, n, values, squared)
-    return weights, Blocks(kernel, n, sums) if bias else None
+        weights = Blocks(kernel, n, values, squared[0])
+    return weights, None if sums is None else Blocks(kernel, n, sums, squared[1])
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What the kernel is asked for: compressed rows of weights, and biases; made once per support.
+
+    Attributes:
+        everything: All weights, to be picked from.
+        product: All rows with weights have the same columns.
+        count: Weights.
+        arrays: Starts of the rows (outputs + 1,), columns (count,), whether a bias is wanted (outputs,).
+        addresses: Where these lie in memory.
+    """
+
+    everything: bool
+    product: bool
+    count: int
+    arrays: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.uint8]]
+    addresses: tuple[int, int, int]
+
+
+def _asked(weight: LiveTensor | None, bias: LiveTensor | None, outputs: int) -> _Asked:
+    cache = weight.cache if weight is not None else cast(LiveTensor, bias).cache
+    key = ("asked", None if bias is None else bias.name)  # a tied weight may have a bias in one layer and none in the other
+    if key not in cache:
+        everything = weight is not None and weight.count > DENSE_FROM * weight.size and not weight.product
+        starts, columns, product = _rows(weight, outputs, everything)
+        wanted = np.zeros(outputs, dtype=np.uint8)
+        if bias is not None:
+            wanted[bias.positions] = 1
+        addresses = starts.ctypes.data, columns.ctypes.data, wanted.ctypes.data
+        cache[key] = _Asked(everything, product, int(starts[-1]), (starts, columns, wanted), addresses)
+    found: _Asked = cache[key]
+    return found
 
 
 def _rows(weight: LiveTensor | None, outputs: int, everything: bool) -> tuple[NDArray[np.int64], NDArray[np.int32], bool]:

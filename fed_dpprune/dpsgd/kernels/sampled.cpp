@@ -233,7 +233,7 @@ void use_threads(int64_t count) { threads = static_cast<int>(count); }
 //   values      (groups of examples, live, LANES)
 //   bias        (groups of examples, rows with wanted[r], LANES), or null
 //   wanted_bias (o), whether the bias of r is wanted (null with bias)
-//   squared     (groups of examples * LANES): sum of squares over the live weights
+//   squared     (2, groups of examples * LANES): sum of squares over the live weights; over the biases, if wanted
 // Returns 0, or 1 when memory ran out.
 int conv_values(const int64_t *numbers, const float *a, const float *b, const int64_t *row_starts, const int32_t *columns,
                 int product, float *values, float *bias, const uint8_t *wanted_bias, double *squared) {
@@ -358,9 +358,15 @@ int conv_values(const int64_t *numbers, const float *a, const float *b, const in
                 }
             }
         }
-        if (squared) std::memcpy(squared + g * LANES, total, sizeof(total));
-        for (int64_t i = 0; bias && i < b_count; i++)
-            if (bias_at[i] >= 0) reinterpret_cast<vec *>(bias)[g * biases + bias_at[i]] = sums[i];
+        std::memcpy(squared + g * LANES, total, sizeof(total));
+        if (!bias) continue;
+        std::fill(total, total + LANES, 0.0);
+        for (int64_t i = 0; i < b_count; i++) {
+            if (bias_at[i] < 0) continue;
+            reinterpret_cast<vec *>(bias)[g * biases + bias_at[i]] = sums[i];
+            add_squares(total, sums[i] * sums[i]);
+        }
+        std::memcpy(squared + (example_groups + g) * LANES, total, sizeof(total));
     }
     return failed;
 }
@@ -388,7 +394,7 @@ void squared_values(int64_t groups, int64_t live, const float *values, double *s
 
 // (n, count) with a row stride -> (count, groups * LANES), examples side by side, zero-padded, each example times scale[i] if
 // there is a scale. Returns whether any entry is above `limit` in magnitude, or not a number.
-int turned(int64_t n, int64_t count, int64_t stride, const float *source, const float *scale, float limit, float *target) {
+static int turned(int64_t n, int64_t count, int64_t stride, const float *source, const float *scale, float limit, float *target) {
     const int64_t groups = (n + LANES - 1) / LANES;
     vec *to = reinterpret_cast<vec *>(target);
     int large = 0;
@@ -406,10 +412,16 @@ int turned(int64_t n, int64_t count, int64_t stride, const float *source, const 
     return large;
 }
 
-// squared[i] = sum over live (r, k) of b[r, i]^2 a[k, i]^2; a (columns, groups * LANES), b (rows, groups * LANES).
-void linear_squared(int64_t groups, int64_t rows, const float *a, const float *b, const int64_t *row_starts,
-                    const int32_t *columns, double *squared) {
-    const vec *av = reinterpret_cast<const vec *>(a), *bv = reinterpret_cast<const vec *>(b);
+// squared[i] = sum over live (r, k) of b[i, r]^2 a[i, k]^2; a (n, inputs), b (n, rows), both with a row stride and an optional
+// scale per example. turned_a (inputs, groups * LANES) stays for linear_sum, turned_b (rows, groups * LANES) is scratch.
+// Returns 1 and leaves `squared` alone when there is no scale and an entry is above `limit` in magnitude, or not a number.
+int linear_squared(int64_t n, int64_t inputs, int64_t rows, const float *a, int64_t a_stride, const float *a_scale, const float *b,
+                   int64_t b_stride, const float *b_scale, float limit, const int64_t *row_starts, const int32_t *columns,
+                   float *turned_a, float *turned_b, double *squared) {
+    const int large = turned(n, inputs, a_stride, a, a_scale, limit, turned_a) | turned(n, rows, b_stride, b, b_scale, limit, turned_b);
+    if (large && !a_scale) return 1;
+    const int64_t groups = (n + LANES - 1) / LANES;
+    const vec *av = reinterpret_cast<const vec *>(turned_a), *bv = reinterpret_cast<const vec *>(turned_b);
     constexpr int64_t TOGETHER = 4;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t g = 0; g < groups; g += TOGETHER) {
@@ -438,12 +450,15 @@ void linear_squared(int64_t groups, int64_t rows, const float *a, const float *b
         }
         for (int64_t q = 0; q < take; q++) std::memcpy(squared + (g + q) * LANES, total[q], sizeof(total[q]));
     }
+    return 0;
 }
 
-// out[w] = sum over examples of b[r, i] a[k, i] for the live weights w = (r, k); b already carries the clip factors.
-void linear_sum(int64_t groups, int64_t rows, const float *a, const float *b, const int64_t *row_starts,
-                const int32_t *columns, float *out) {
-    const vec *av = reinterpret_cast<const vec *>(a), *bv = reinterpret_cast<const vec *>(b);
+// out[w] = sum over examples of factors[i] b[i, r] a[k, i] for the live weights w = (r, k); turned_a as linear_squared left it.
+void linear_sum(int64_t n, int64_t rows, const float *turned_a, const float *b, int64_t b_stride, const float *factors,
+                const int64_t *row_starts, const int32_t *columns, float *turned_b, float *out) {
+    turned(n, rows, b_stride, b, factors, 0, turned_b);
+    const int64_t groups = (n + LANES - 1) / LANES;
+    const vec *av = reinterpret_cast<const vec *>(turned_a), *bv = reinterpret_cast<const vec *>(turned_b);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; r++) {
         const vec *row = bv + r * groups;
