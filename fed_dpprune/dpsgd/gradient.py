@@ -39,7 +39,7 @@ class PrivateGradient:
     """The gradient side of a private step: keep one per model, call it every step.
 
     Args:
-        module: The model. Its parameters are overwritten by `set_weights`; nothing else of it changes.
+        module: The model. Its parameters are overwritten by `set_weights` and `set_live`; nothing else of it changes.
         layout: Names and shapes of its parameters in coordinate order; tensors with `frozen=True` never get a gradient.
         backend: `reference`, `torch`, `compiled`, or `auto` (the fastest that fits the model on this machine).
         micro_batch: Examples held in memory at once; 0 chooses by memory. The result does not depend on it but for rounding.
@@ -69,7 +69,8 @@ class PrivateGradient:
             raise ValueError("the layout does not list this module's parameters")
         check_module(module)
         self.module, self.layout, self.micro_batch = module, layout, micro_batch
-        self._parameters = [p for _, p in module.named_parameters()]
+        self._named = dict(module.named_parameters())
+        self._parameters = list(self._named.values())
         self._dtype = torch.float64 if precision == "float64" else torch.float32
         self._loss = loss
         self._whole = VmapEngine(module, loss, self._dtype)
@@ -91,6 +92,20 @@ class PrivateGradient:
                 else:
                     parameter.copy_(torch.tensor(vector[span]).view(parameter.shape))
 
+    def set_live(self, values: NDArray[np.float32]) -> None:
+        """Copy values of shape (k,), ordered as the indices of the support in use, into their places; nothing else is written."""
+        if values.shape != (self._support.k,):
+            raise ValueError(f"values of shape {values.shape} do not fit a support of {self._support.k} coordinates")
+        with torch.no_grad():
+            for tensor in self._moving:
+                parameter, part = self._named[tensor.name], values[tensor.start : tensor.stop]
+                if not parameter.is_cpu:
+                    _put(parameter, tensor, part)
+                elif tensor.full:
+                    np.copyto(parameter.numpy(), part.reshape(tensor.shape))
+                else:
+                    np.put(parameter.numpy(), tensor.positions, part)
+
     def set_support(self, support: Support, norm_over: Support | None = None) -> None:
         """Choose the live coordinates of the following calls; cheap when nothing changed.
 
@@ -109,6 +124,7 @@ class PrivateGradient:
     def _adopt(self, support: Support, norm_over: Support | None) -> None:
         wide = norm_over or support
         self._live: tuple[LiveTensor, ...] = live_tensors(self.layout, wide)
+        self._moving = self._live if wide is support else live_tensors(self.layout, support)
         self._place = None if wide is support else support.within(wide)
         self._support, self._wide = support, wide
 
@@ -213,3 +229,15 @@ class PrivateGradient:
         """A tensor in torch's own aligned memory: matrix libraries may round differently on odd addresses."""
         tensor = value if isinstance(value, Tensor) else torch.tensor(value)
         return tensor.to(self._parameters[0].device) if self._parameters else tensor
+
+
+def _put(parameter: nn.Parameter, tensor: LiveTensor, values: NDArray[np.float32]) -> None:
+    """Write a tensor's live values on another device; where they go stays there as long as the support."""
+    moved = torch.tensor(values).to(parameter.device, parameter.dtype)
+    if tensor.full:
+        parameter.copy_(moved.view(parameter.shape))
+        return
+    key = ("positions", parameter.device)
+    if key not in tensor.cache:
+        tensor.cache[key] = torch.tensor(tensor.positions).to(parameter.device)
+    parameter.put_(tensor.cache[key], moved)

@@ -1,11 +1,12 @@
 """One client's private work of one round: local DP-SGD steps on the round's support.
 
-Everything that depends on private examples passes through `_private_mean`; the optimiser sees released values only, so
+Everything that depends on private examples passes through `_release`; the optimiser sees released values only, so
 momentum and weight decay are post-processing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from fed_dpprune import config as cfg
 from fed_dpprune.data.sampling import poisson
 from fed_dpprune.dpsgd.clipping import Clipping
+from fed_dpprune.dpsgd.descent import blocks, descend, noised_mean
 from fed_dpprune.federation.secrets import Secrets
 from fed_dpprune.federation.terms import RoundTerms
 from fed_dpprune.sparsity.recipe import RoundSupport
@@ -40,7 +42,7 @@ class Share:
     nominal_size: int
 
 
-def _private_mean(
+def _release(
     gradient: PrivateGradient,
     share: Share,
     terms: RoundTerms,
@@ -48,18 +50,22 @@ def _private_mean(
     clipping: Clipping,
     secrets: Secrets,
     count: int,
-) -> NDArray[np.float64]:
-    """The release of one step: (clipped sum + noise) / (q N_c) on `count` live coordinates, shape (count,).
+) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """The release of one step: (clipped sum + noise) / (q N_c) on `count` live coordinates, block by block: (place, values).
 
-    An empty batch is released like any other: noise alone. Source: methods 1, steps 1 to 6 (arXiv 1607.00133,
-    Algorithm 1, with mask before clip from arXiv 2112.00845).
+    Every live coordinate gets its own noise, drawn in float64, of standard deviation sigma * C on the sum. An empty batch is
+    released like any other: noise alone. Source: methods 1, steps 1 to 6 (arXiv 1607.00133, Algorithm 1, with mask before
+    clip from arXiv 2112.00845).
     """
     batch = share.indices[poisson(len(share.indices), terms.sample_rate, secrets.uniforms(terms, step))]
     x, y = share.examples.take(batch)
-    total = np.asarray(gradient.clipped_sum(x, y, clipping), dtype=np.float64)
-    noise = secrets.noise(terms, step).normal(count)
-    total = total + terms.noise_multiplier * terms.clip_norm * noise
-    return total / (terms.sample_rate * share.nominal_size)
+    total = gradient.clipped_sum(x, y, clipping)
+    source = secrets.noise(terms, step)
+    scale = terms.noise_multiplier * terms.clip_norm
+    divisor = terms.sample_rate * share.nominal_size
+    for block in blocks(count):
+        noise = source.normal(block.stop - block.start)
+        yield block, noised_mean(total[block], noise, scale, divisor)
 
 
 def train(
@@ -89,18 +95,23 @@ def train(
     """
     clipping = Clipping(terms.clip_norm, config.privacy.clipping)
     wide = survivors if config.sparsity.order == "clip-then-mask" else None
-    local = weights.copy()
-    velocity = np.zeros(live.support.k)
+    before = weights[live.support.indices]
+    values, velocity = before.copy(), np.zeros(live.support.k) if config.client.momentum else None
+    gradient.set_weights(weights)  # once: what a step does not move stands still
     for step in range(terms.steps):
         support = live.steps(step)
-        place = slice(None) if support is live.support else support.within(live.support)
-        gradient.set_weights(local)
+        place = None if support is live.support else support.within(live.support)
+        now = values if place is None else values[place]
+        speed = velocity if place is None or velocity is None else velocity[place]
         gradient.set_support(support, norm_over=wide)
-        mean = _private_mean(gradient, share, terms, step, clipping, secrets, support.k)
-        if config.sparsity.rescale == "d-over-k" and support.k:
-            mean *= support.d / support.k
-        now = local[support.indices].astype(np.float64)
-        velocity[place] = config.client.momentum * velocity[place] + mean + config.client.weight_decay * now
-        local[support.indices] = (now - terms.learning_rate * velocity[place]).astype(np.float32)
-    index = live.support.indices
-    return local[index].astype(np.float64) - weights[index].astype(np.float64)
+        for block, mean in _release(gradient, share, terms, step, clipping, secrets, support.k):
+            if config.sparsity.rescale == "d-over-k":
+                mean *= support.d / support.k
+            moving = None if speed is None else speed[block]
+            descend(now[block], mean, terms.learning_rate, config.client.weight_decay, config.client.momentum, moving)
+        gradient.set_live(now)
+        if place is not None:
+            values[place] = now
+            if velocity is not None:
+                velocity[place] = speed
+    return values.astype(np.float64) - before.astype(np.float64)
