@@ -37,7 +37,7 @@ from torch import nn
 from fed_dpprune.dpsgd import compiled
 from fed_dpprune.dpsgd.allocator import keep_freed_memory
 from fed_dpprune.dpsgd.clipping import Clipping
-from fed_dpprune.dpsgd.descent import blocks, descend, noised_mean
+from fed_dpprune.dpsgd.descent import Descent
 from fed_dpprune.dpsgd.gradient import PrivateGradient
 from fed_dpprune.dpsgd.layered import LayerEngine, Pass
 from fed_dpprune.dpsgd.live import live_tensors
@@ -162,17 +162,13 @@ class Workbench:
         """A local step of this project, as `federation.local_train` takes it: clipped sum on the support, noise, live weights."""
         gradient = PrivateGradient(copy.deepcopy(self.module), self.layout, backend=backend)
         gradient.set_support(support)
-        weights = torch.cat([p.detach().flatten() for p in self.module.parameters()]).numpy()
-        values = weights[support.indices]
         noise, clipping = SeededNoise(0, "benchmark"), Clipping(CLIP_NORM)
         x, y = self.x.numpy(), self.y.numpy()
 
         def step() -> None:
             total = gradient.clipped_sum(x, y, clipping)
-            for block in blocks(support.k):
-                drawn = noise.normal(block.stop - block.start)
-                descend(values[block], noised_mean(total[block], drawn, SIGMA * CLIP_NORM, self.batch), RATE)
-            gradient.set_live(values)
+            with gradient.live_values() as values:
+                Descent(SIGMA * CLIP_NORM, self.batch, RATE).step(values, total, noise)
 
         return step
 

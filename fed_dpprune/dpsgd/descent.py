@@ -1,81 +1,104 @@
-"""The two passes of a private step over its live values: the noised mean, and the step down. numpy, or the kernel.
+"""A private step after its clipped sum: noise on every live value, the public divisor, the step down. numpy, or the kernel.
 
-Both work in place on one block of values at a time, so that a block stays in the cache between drawing its noise and
-moving its weights. Each value is computed by the same operations in the same order, rounded in float64 one by one, with
-the kernel or without: results are equal to the bit. Neither looks at another value than the one it writes.
+The kernel draws and uses the noise while it is close, so that nothing of the length of the support is written but the weights.
+With the kernel or without, each value goes through the same operations in the same order, rounded in float64 one by one:
+the results are equal to the bit. No value is looked at but the one that is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fed_dpprune.dpsgd import compiled
-
-BLOCK = 1 << 15  # values; noise, sum, weights and velocity of a block fit a core's own cache
-
-
-def blocks(count: int) -> Iterator[slice]:
-    """0..count-1 in pieces of BLOCK."""
-    for start in range(0, count, BLOCK):
-        yield slice(start, min(start + BLOCK, count))
+from fed_dpprune.dpsgd.noise import NoiseSource, SeededNoise
 
 
-def noised_mean(total: NDArray[Any], noise: NDArray[np.float64], scale: float, divisor: float) -> NDArray[np.float64]:
-    """(total + scale * noise) / divisor, shape (n,), written over `noise`.
+@dataclass(frozen=True)
+class Descent:
+    """How a clipped sum becomes new weights.
 
-    Args:
-        total: Clipped sum, shape (n,), float32 or float64.
-        noise: Standard normals, shape (n,).
-        scale: Standard deviation of the noise on the sum: noise multiplier times clip norm.
+    Attributes:
+        noise_scale: Standard deviation of the noise on the sum: noise multiplier times clip norm.
         divisor: Public: sample rate times nominal size.
-    """
-    kernel = compiled.load()
-    if kernel is not None and _fit(noise.size, (total, np.float32), (noise, np.float64)):
-        kernel.library.noised_mean(noise.size, total.ctypes.data, scale, divisor, noise.ctypes.data)
-        return noise
-    noise *= scale
-    noise += total
-    noise /= divisor
-    return noise
-
-
-def descend(
-    values: NDArray[np.float32],
-    mean: NDArray[np.float64],
-    rate: float,
-    decay: float = 0.0,
-    momentum: float = 0.0,
-    velocity: NDArray[np.float64] | None = None,
-) -> None:
-    """One step of SGD in place: velocity = momentum * velocity + mean + decay * values; values -= rate * velocity.
-
-    Args:
-        values: Weights, shape (n,).
-        mean: What was released, shape (n,).
         rate: Learning rate.
+        rescale: Factor on what is released (d / k, or 1).
         decay: Weight decay.
-        momentum: Of the optimiser.
-        velocity: Shape (n,); None when there is no momentum, which leaves out its pass: the same to the bit as a velocity times
-            zero, but for the sign of a zero weight whose mean is -0.0.
+        momentum: Of the optimiser; needs a velocity when it is not 0.
     """
-    kernel = compiled.load()
-    given = [(values, np.float32), (mean, np.float64), *([] if velocity is None else [(velocity, np.float64)])]
-    if kernel is not None and _fit(values.size, *given):
-        place = None if velocity is None else velocity.ctypes.data
-        kernel.library.descend(values.size, mean.ctypes.data, rate, momentum, decay, place, values.ctypes.data)
-        return
-    now = values.astype(np.float64)
-    if velocity is None:
-        velocity = mean + decay * now
-    else:
-        velocity[:] = momentum * velocity + mean + decay * now
-    values[:] = (now - rate * velocity).astype(np.float32)
+
+    noise_scale: float
+    divisor: float
+    rate: float
+    rescale: float = 1.0
+    decay: float = 0.0
+    momentum: float = 0.0
+
+    def step(
+        self,
+        parts: list[NDArray[np.float32]],
+        total: NDArray[Any],
+        source: NoiseSource,
+        velocity: NDArray[np.float64] | None = None,
+    ) -> None:
+        """Move live weights in place by what one step releases.
+
+        Args:
+            parts: The weights, contiguous float32 vectors that have k values together (those of `PrivateGradient.live_values`).
+            total: The clipped sum, shape (k,), float32 or float64. A sum of no examples gets its noise like any other.
+            source: Gives every value a normal of its own, float64.
+            velocity: Shape (k,), moved in place; None without momentum.
+
+        Raises:
+            ValueError: Parts, sum and velocity are not of one length.
+        """
+        edges = np.cumsum([0, *(part.size for part in parts)])
+        if total.shape != (edges[-1],) or (velocity is not None and velocity.shape != total.shape):
+            raise ValueError(f"a sum of shape {total.shape} or a velocity does not fit {edges[-1]} live values")
+        kernel = compiled.load() if total.dtype == np.float32 and total.flags.c_contiguous else None
+        stream = source.stream if kernel is not None and isinstance(source, SeededNoise) else None
+        noise = source.normal(total.size) if stream is None else None
+        for values, start, stop in zip(parts, edges, edges[1:], strict=False):
+            live = slice(start, stop)
+            moving = None if velocity is None else velocity[live]
+            if kernel is None:
+                self._move(values, self._release(total[live], noise[live]), moving)
+            else:
+                drawn = (None, None, _address(noise[live])) if stream is None else (*stream.pointers, None)
+                self._call(kernel, values, drawn, total[live], moving)
+
+    def _release(self, total: NDArray[Any], noise: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What leaves the private side: (sum + scale * noise) / divisor, and its scale. `noised_descent` does the same."""
+        mean: NDArray[np.float64] = (total + self.noise_scale * noise) / self.divisor
+        return mean * self.rescale
+
+    def _move(self, values: NDArray[np.float32], mean: NDArray[np.float64], velocity: NDArray[np.float64] | None) -> None:
+        """SGD on released values. Without momentum the velocity is not kept.
+
+        That is the same to the bit as a velocity times zero, but for the sign of a zero weight whose mean is -0.0.
+        """
+        now = values.astype(np.float64)
+        if velocity is None:
+            velocity = mean + self.decay * now
+        else:
+            velocity[:] = self.momentum * velocity + mean + self.decay * now
+        values[:] = (now - self.rate * velocity).astype(np.float32)
+
+    def _call(
+        self,
+        kernel: compiled.Kernel,
+        values: NDArray[np.float32],
+        noise: tuple[int | None, ...],
+        total: NDArray[np.float32],
+        velocity: NDArray[np.float64] | None,
+    ) -> None:
+        numbers = np.array([self.noise_scale, self.divisor, self.rescale, self.rate, self.decay, self.momentum])
+        arrays = (total, numbers, velocity, values)
+        kernel.library.noised_descent(*noise, values.size, *map(_address, arrays))
 
 
-def _fit(count: int, *arrays: tuple[NDArray[Any], type]) -> bool:
-    """Whether the kernel may walk over them: `count` values each, of the given type, one after the other."""
-    return all(array.shape == (count,) and array.dtype == kind and array.flags.c_contiguous for array, kind in arrays)
+def _address(array: NDArray[Any] | None) -> int | None:
+    return None if array is None else array.ctypes.data

@@ -6,7 +6,8 @@ Algorithm 1). Noise is added by the caller (`noise.py`), on the k values that co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class PrivateGradient:
     """The gradient side of a private step: keep one per model, call it every step.
 
     Args:
-        module: The model. Its parameters are overwritten by `set_weights` and `set_live`; nothing else of it changes.
+        module: The model. Its parameters are overwritten by `set_weights` and inside `live_values`; nothing else of it changes.
         layout: Names and shapes of its parameters in coordinate order; tensors with `frozen=True` never get a gradient.
         backend: `reference`, `torch`, `compiled`, or `auto` (the fastest that fits the model on this machine).
         micro_batch: Examples held in memory at once; 0 chooses by memory. The result does not depend on it but for rounding.
@@ -85,6 +86,7 @@ class PrivateGradient:
         """Copy a flat vector of shape (d,) into the module's parameters."""
         if vector.shape != (self.layout.d,):
             raise ValueError(f"weights of shape {vector.shape} do not fit a model of {self.layout.d} coordinates")
+        self._copies = []
         with torch.no_grad():
             for parameter, (_, span) in zip(self._parameters, self.layout.spans(), strict=True):
                 if parameter.is_cpu:  # no copy in between, and torch does not warn of vectors that are read-only
@@ -92,19 +94,34 @@ class PrivateGradient:
                 else:
                     parameter.copy_(torch.tensor(vector[span]).view(parameter.shape))
 
-    def set_live(self, values: NDArray[np.float32]) -> None:
-        """Copy values of shape (k,), ordered as the indices of the support in use, into their places; nothing else is written."""
-        if values.shape != (self._support.k,):
-            raise ValueError(f"values of shape {values.shape} do not fit a support of {self._support.k} coordinates")
+    @contextmanager
+    def live_values(self) -> Iterator[list[NDArray[np.float32]]]:
+        """The weights on the support in use, to be changed in place inside the `with`; no other weight can be.
+
+        Yields:
+            A contiguous vector for each live tensor, together k values in coordinate order. Of a tensor that lives entirely on
+            the CPU it is the parameter's own memory; else a copy that is taken at the first step on a support, kept
+            until `set_weights` or another support, and written to its places at the end of the `with`.
+        """
         with torch.no_grad():
-            for tensor in self._moving:
-                parameter, part = self._named[tensor.name], values[tensor.start : tensor.stop]
-                if not parameter.is_cpu:
-                    _put(parameter, tensor, part)
-                elif tensor.full:
-                    np.copyto(parameter.numpy(), part.reshape(tensor.shape))
-                else:
-                    np.put(parameter.numpy(), tensor.positions, part)
+            found = [_own_memory(tensor, self._named[tensor.name]) for tensor in self._moving]
+            if not self._copies:
+                self._copies = [None if own is not None else self._copied(t) for own, t in zip(found, self._moving, strict=True)]
+            parts = [own if own is not None else copy for own, copy in zip(found, self._copies, strict=True)]
+            yield [part for part in parts if part is not None]
+            for tensor, copy in zip(self._moving, self._copies, strict=True):
+                if copy is not None:
+                    _put(self._named[tensor.name], tensor, copy)
+
+    def weights_on(self, support: Support) -> NDArray[np.float32]:
+        """The weights on a support, shape (k,), float32."""
+        with torch.no_grad():
+            parts = [self._copied(tensor) for tensor in live_tensors(self.layout, support)]
+        return np.concatenate([np.zeros(0, dtype=np.float32), *parts])
+
+    def _copied(self, tensor: LiveTensor) -> NDArray[np.float32]:
+        values = self._named[tensor.name].detach().to("cpu", torch.float32).numpy().reshape(-1)
+        return values.copy() if tensor.full else values[tensor.positions]
 
     def set_support(self, support: Support, norm_over: Support | None = None) -> None:
         """Choose the live coordinates of the following calls; cheap when nothing changed.
@@ -125,6 +142,7 @@ class PrivateGradient:
         wide = norm_over or support
         self._live: tuple[LiveTensor, ...] = live_tensors(self.layout, wide)
         self._moving = self._live if wide is support else live_tensors(self.layout, support)
+        self._copies: list[NDArray[np.float32] | None] = []  # by live tensor; see `live_values`
         self._place = None if wide is support else support.within(wide)
         self._support, self._wide = support, wide
 
@@ -231,13 +249,23 @@ class PrivateGradient:
         return tensor.to(self._parameters[0].device) if self._parameters else tensor
 
 
+def _plain(parameter: nn.Parameter) -> bool:
+    return parameter.is_cpu and parameter.dtype == torch.float32 and parameter.is_contiguous()
+
+
+def _own_memory(tensor: LiveTensor, parameter: nn.Parameter) -> NDArray[np.float32] | None:
+    """The memory of a parameter that lives entirely, as a vector; None where only a copy will do."""
+    return parameter.numpy().reshape(-1) if tensor.full and _plain(parameter) else None
+
+
 def _put(parameter: nn.Parameter, tensor: LiveTensor, values: NDArray[np.float32]) -> None:
-    """Write a tensor's live values on another device; where they go stays there as long as the support."""
-    moved = torch.tensor(values).to(parameter.device, parameter.dtype)
-    if tensor.full:
-        parameter.copy_(moved.view(parameter.shape))
+    """Write a tensor's live values to their places, on whatever device and in whatever order its memory is."""
+    kernel = compiled.load() if _plain(parameter) else None
+    if kernel is not None:
+        arrays = (tensor.positions, values, parameter.numpy())
+        kernel.library.scatter(values.size, *(array.ctypes.data for array in arrays))
         return
-    key = ("positions", parameter.device)
+    key = ("positions", parameter.device)  # kept on the device as long as the support
     if key not in tensor.cache:
         tensor.cache[key] = torch.tensor(tensor.positions).to(parameter.device)
-    parameter.put_(tensor.cache[key], moved)
+    parameter.put_(tensor.cache[key], torch.from_numpy(values).to(parameter.device, parameter.dtype))

@@ -85,20 +85,24 @@ class SeededNoise:
     Args:
         seed: The run's root seed.
         ids: Run, round, client and the digest of the request, so that a changed request gets other noise.
+
+    Attributes:
+        stream: The kernel's side of it, for passes that draw and use values together; None where numpy draws.
     """
 
     label = SEEDED
 
     def __init__(self, seed: int, *ids: int | str | bytes) -> None:
         self._generator = randomness.generator(seed, "noise", *ids)
-        kernel, self._stream = compiled.load(), None
+        kernel = compiled.load()
+        self.stream: compiled.NormalStream | None = None
         if kernel is not None and kernel.draws_like_numpy:
-            self._stream = compiled.NormalStream(kernel, self._generator.bit_generator.state["state"]["key"])
+            self.stream = compiled.NormalStream(kernel, self._generator.bit_generator.state["state"]["key"])
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """The next `count` standard normal values of the stream, shape (count,), float64."""
-        if self._stream is None:
+        if self.stream is None:
             return self._generator.standard_normal(count)
         values = np.empty(count)
-        self._stream.fill(values)
+        self.stream.fill(values)
         return values

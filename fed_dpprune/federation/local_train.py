@@ -1,14 +1,13 @@
 """One client's private work of one round: local DP-SGD steps on the round's support.
 
-Everything that depends on private examples passes through `_release`; the optimiser sees released values only, so
-momentum and weight decay are post-processing.
+Everything that depends on private examples passes through `_clipped_sum`, and from there through the noise of `_descent`;
+the optimiser sees released values only, so momentum and weight decay are post-processing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from fed_dpprune import config as cfg
 from fed_dpprune.data.sampling import poisson
 from fed_dpprune.dpsgd.clipping import Clipping
-from fed_dpprune.dpsgd.descent import blocks, descend, noised_mean
+from fed_dpprune.dpsgd.descent import Descent
 from fed_dpprune.federation.secrets import Secrets
 from fed_dpprune.federation.terms import RoundTerms
 from fed_dpprune.sparsity.recipe import RoundSupport
@@ -42,30 +41,29 @@ class Share:
     nominal_size: int
 
 
-def _release(
-    gradient: PrivateGradient,
-    share: Share,
-    terms: RoundTerms,
-    step: int,
-    clipping: Clipping,
-    secrets: Secrets,
-    count: int,
-) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """The release of one step: (clipped sum + noise) / (q N_c) on `count` live coordinates, block by block: (place, values).
-
-    Every live coordinate gets its own noise, drawn in float64, of standard deviation sigma * C on the sum. An empty batch is
-    released like any other: noise alone. Source: methods 1, steps 1 to 6 (arXiv 1607.00133, Algorithm 1, with mask before
-    clip from arXiv 2112.00845).
-    """
+def _clipped_sum(
+    gradient: PrivateGradient, share: Share, terms: RoundTerms, step: int, clipping: Clipping, secrets: Secrets
+) -> NDArray[Any]:
+    """The clipped sum of one step's Poisson batch on the live coordinates; nothing but noise may be done with it."""
     batch = share.indices[poisson(len(share.indices), terms.sample_rate, secrets.uniforms(terms, step))]
     x, y = share.examples.take(batch)
-    total = gradient.clipped_sum(x, y, clipping)
-    source = secrets.noise(terms, step)
-    scale = terms.noise_multiplier * terms.clip_norm
-    divisor = terms.sample_rate * share.nominal_size
-    for block in blocks(count):
-        noise = source.normal(block.stop - block.start)
-        yield block, noised_mean(total[block], noise, scale, divisor)
+    return gradient.clipped_sum(x, y, clipping)
+
+
+def _descent(config: cfg.Config, terms: RoundTerms, share: Share, support: Support) -> Descent:
+    """The release (clipped sum + noise) / (q N_c), and the step along it.
+
+    The noise: standard deviation sigma * C on the sum at every live coordinate, whatever the batch holds, an empty one
+    too. Source: methods 1, steps 1 to 6 (arXiv 1607.00133, Algorithm 1, with mask before clip from arXiv 2112.00845).
+    """
+    return Descent(
+        noise_scale=terms.noise_multiplier * terms.clip_norm,
+        divisor=terms.sample_rate * share.nominal_size,
+        rescale=support.d / support.k if config.sparsity.rescale == "d-over-k" and support.k else 1.0,
+        rate=terms.learning_rate,
+        decay=config.client.weight_decay,
+        momentum=config.client.momentum,
+    )
 
 
 def train(
@@ -95,23 +93,17 @@ def train(
     """
     clipping = Clipping(terms.clip_norm, config.privacy.clipping)
     wide = survivors if config.sparsity.order == "clip-then-mask" else None
-    before = weights[live.support.indices]
-    values, velocity = before.copy(), np.zeros(live.support.k) if config.client.momentum else None
-    gradient.set_weights(weights)  # once: what a step does not move stands still
+    velocity = np.zeros(live.support.k) if config.client.momentum else None
+    gradient.set_weights(weights)  # once: what no step moves stands still
     for step in range(terms.steps):
         support = live.steps(step)
-        place = None if support is live.support else support.within(live.support)
-        now = values if place is None else values[place]
-        speed = velocity if place is None or velocity is None else velocity[place]
         gradient.set_support(support, norm_over=wide)
-        for block, mean in _release(gradient, share, terms, step, clipping, secrets, support.k):
-            if config.sparsity.rescale == "d-over-k":
-                mean *= support.d / support.k
-            moving = None if speed is None else speed[block]
-            descend(now[block], mean, terms.learning_rate, config.client.weight_decay, config.client.momentum, moving)
-        gradient.set_live(now)
-        if place is not None:
-            values[place] = now
-            if velocity is not None:
-                velocity[place] = speed
-    return values.astype(np.float64) - before.astype(np.float64)
+        place = slice(None) if support is live.support else support.within(live.support)
+        speed = None if velocity is None else velocity[place]
+        total = _clipped_sum(gradient, share, terms, step, clipping, secrets)
+        with gradient.live_values() as values:
+            _descent(config, terms, share, support).step(values, total, secrets.noise(terms, step), speed)
+        if velocity is not None and support is not live.support:
+            velocity[place] = speed
+    after = gradient.weights_on(live.support)
+    return after.astype(np.float64) - weights[live.support.indices].astype(np.float64)

@@ -17,17 +17,26 @@ namespace {
 constexpr uint64_t MULTIPLY_0 = 0xD2E7470EE14C6C93u, MULTIPLY_1 = 0xCA5A826395121157u;
 constexpr uint64_t STEP_0 = 0x9E3779B97F4A7C15u, STEP_1 = 0xBB67AE8584CAA73Bu;
 constexpr int ROUNDS = 10, GROUP = 8;
-constexpr int64_t BLOCKS = 128, WORDS = 4 * BLOCKS;  // made at a time: 4 KiB
+constexpr int64_t WORDS = 1024;  // of a refill
+constexpr int64_t CHUNK = 1024;  // values that are drawn and used while they are close
 constexpr uint64_t MAGNITUDE = (uint64_t(1) << 52) - 1;
 constexpr double TAIL = 3.6541528853610088, ONE_OVER_TAIL = 0.27366123732975828;
-
-struct State {  // a stream; the words from `position` on are still to be used
-    uint64_t key[2], counter, position, words[WORDS];
-};
 
 struct Layer {
     double width;  // over 2^52
     uint64_t inside;
+};
+
+struct Table {
+    Layer layers[256];
+    double height[256];
+};
+
+// A stream. The words from `position` on are still to be used; each with the value it stands for if it is inside its layer,
+// and a bit that says that it is not.
+struct State {
+    uint64_t key[2], counter, position, unused[4], outside[WORDS / 64], words[WORDS];
+    double values[WORDS + GROUP];  // the last group is there to be read past the end
 };
 
 struct Keys {
@@ -96,7 +105,7 @@ inline void blocks(const Keys &keys, uint64_t counter, uint64_t *out) {
     }
     for (int g = 0; g < TOGETHER; g++) store(c[g], out + 32 * g);
 }
-constexpr int TOGETHER = 2, STRIDE = 8 * TOGETHER;
+constexpr int TOGETHER = 4, MADE = 4 * 8 * TOGETHER;  // words at a time
 #else
 template <int TOGETHER>
 inline void blocks(const Keys &keys, uint64_t counter, uint64_t *out) {
@@ -116,46 +125,11 @@ inline void blocks(const Keys &keys, uint64_t counter, uint64_t *out) {
     }
     std::memcpy(out, c, sizeof(c));
 }
-constexpr int TOGETHER = 2, STRIDE = TOGETHER;
+constexpr int TOGETHER = 2, MADE = 4 * TOGETHER;
 #endif
 
-void refill(State &s) {
-    const Keys keys(s.key);
-    for (int64_t i = 0; i < BLOCKS; i += STRIDE) blocks<TOGETHER>(keys, s.counter + static_cast<uint64_t>(i), s.words + 4 * i);
-    s.counter += BLOCKS;
-    s.position = 0;
-}
-
-inline uint64_t next(State &s) {
-    if (s.position == WORDS) refill(s);
-    return s.words[s.position++];
-}
-
-inline double uniform(State &s) { return static_cast<double>(static_cast<int64_t>(next(s) >> 11)) * 0x1p-53; }
-
-inline double tail(State &s, bool negative) {
-    for (;;) {
-        const double beyond = -ONE_OVER_TAIL * std::log1p(-uniform(s)), room = -std::log1p(-uniform(s));
-        if (room + room > beyond * beyond) return negative ? -(TAIL + beyond) : TAIL + beyond;
-    }
-}
-
-// The next word as a value, and more words where it is outside its layer; returns 0 when no value came of it.
-inline int attempt(State &s, const Layer *layers, const double *height, double *out) {
-    const uint64_t word = next(s), layer = word & 255, magnitude = word >> 9 & MAGNITUDE;
-    const double x = static_cast<double>(static_cast<int64_t>(magnitude)) * layers[layer].width;
-    *out = word & 256 ? -x : x;
-    if (magnitude < layers[layer].inside) return 1;
-    if (layer == 0) {
-        *out = tail(s, magnitude >> 8 & 1);
-        return 1;
-    }
-    // No branch on what comes out: nobody could foretell it.
-    return (height[layer - 1] - height[layer]) * uniform(s) + height[layer] < std::exp(-0.5 * x * x);
-}
-
-// GROUP words as values; returns how many stand before the first that is outside its layer (the rest means nothing).
-inline int group(const uint64_t *words, const Layer *layers, double *out) {
+// GROUP words as values; returns a bit for each that is outside its layer.
+inline uint64_t group(const uint64_t *words, const Layer *layers, double *out) {
 #if WIDE_WORDS
     auto entry = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(layers + (words[i] & 255))); };
     auto pair = [&](int i, int j) { return _mm256_inserti128_si256(_mm256_castsi128_si256(entry(i)), entry(j), 1); };
@@ -167,10 +141,9 @@ inline int group(const uint64_t *words, const Layer *layers, double *out) {
     const __m512d width = _mm512_castsi512_pd(_mm512_unpacklo_epi64(even, odd));
     const __m512d x = _mm512_mul_pd(_mm512_cvtepi64_pd(magnitude), width);
     _mm512_storeu_pd(out, _mm512_xor_pd(x, _mm512_castsi512_pd(sign)));
-    const unsigned outside = _mm512_cmpge_epu64_mask(magnitude, _mm512_unpackhi_epi64(even, odd));
-    return __builtin_ctz(outside | 1u << GROUP);
+    return _mm512_cmpge_epu64_mask(magnitude, _mm512_unpackhi_epi64(even, odd));
 #else
-    unsigned outside = 1u << GROUP;
+    uint64_t outside = 0;
     for (int i = 0; i < GROUP; i++) {
         const uint64_t magnitude = words[i] >> 9 & MAGNITUDE;
         const Layer &layer = layers[words[i] & 255];
@@ -179,10 +152,81 @@ inline int group(const uint64_t *words, const Layer *layers, double *out) {
         std::memcpy(&bits, &x, 8);
         bits ^= (words[i] & 256) << 55;
         std::memcpy(out + i, &bits, 8);
-        outside |= static_cast<unsigned>(magnitude >= layer.inside) << i;
+        outside |= static_cast<uint64_t>(magnitude >= layer.inside) << i;
     }
-    return __builtin_ctz(outside);
+    return outside;
 #endif
+}
+
+void refill(State &s, const Table &table) {
+    const Keys keys(s.key);
+    for (int64_t i = 0; i < WORDS; i += MADE) blocks<TOGETHER>(keys, s.counter + static_cast<uint64_t>(i / 4), s.words + i);
+    for (int64_t i = 0; i < WORDS; i += 64) {
+        uint64_t outside = 0;
+        for (int j = 0; j < 64; j += GROUP) outside |= group(s.words + i + j, table.layers, s.values + i + j) << j;
+        s.outside[i / 64] = outside;
+    }
+    s.counter += WORDS / 4;
+    s.position = 0;
+}
+
+inline uint64_t next(State &s, const Table &table) {
+    if (s.position == WORDS) refill(s, table);
+    return s.words[s.position++];
+}
+
+inline double uniform(State &s, const Table &table) {
+    return static_cast<double>(static_cast<int64_t>(next(s, table) >> 11)) * 0x1p-53;
+}
+
+double tail(State &s, const Table &table, bool negative) {
+    for (;;) {
+        const double beyond = -ONE_OVER_TAIL * std::log1p(-uniform(s, table)), room = -std::log1p(-uniform(s, table));
+        if (room + room > beyond * beyond) return negative ? -(TAIL + beyond) : TAIL + beyond;
+    }
+}
+
+// The next word, known to be outside its layer, and more words, as a value; returns 0 when none came of it.
+inline int64_t attempt(State &s, const Table &table, double *out) {
+    const double x = s.values[s.position];
+    const uint64_t word = next(s, table), layer = word & 255;
+    *out = x;
+    if (layer == 0) {
+        *out = tail(s, table, word >> 17 & 1);
+        return 1;
+    }
+    // No branch on what comes out: nobody could foretell it.
+    return (table.height[layer - 1] - table.height[layer]) * uniform(s, table) + table.height[layer] < std::exp(-0.5 * x * x);
+}
+
+// Words from `position` on before the next that is outside, or to the end.
+inline int64_t run(const State &s) {
+    uint64_t at = s.position / 64, bits = s.outside[at] & ~uint64_t(0) << s.position % 64;
+    while (!bits) {
+        if (++at == WORDS / 64) return WORDS - static_cast<int64_t>(s.position);
+        bits = s.outside[at];
+    }
+    return static_cast<int64_t>(64 * at + static_cast<uint64_t>(__builtin_ctzll(bits)) - s.position);
+}
+
+// Values `from` .. `from + length`, GROUP at a time as long as `room` is left for a whole group more.
+inline void copy(const double *from, int64_t length, int64_t room, double *out) {
+    if (length + GROUP > room) {
+        std::memcpy(out, from, static_cast<size_t>(length) * sizeof(double));
+    } else {
+        for (int64_t i = 0; i < length; i += GROUP) std::memcpy(out + i, from + i, GROUP * sizeof(double));
+    }
+}
+
+// The next `count` values of a stream.
+inline void draw(State &s, const Table &table, int64_t count, double *out) {
+    for (int64_t i = 0; i < count;) {
+        if (s.position == WORDS) refill(s, table);
+        const int64_t inside = run(s), length = inside < count - i ? inside : count - i;
+        copy(s.values + s.position, length, count - i, out + i);
+        s.position += static_cast<uint64_t>(length), i += length;
+        if (length == inside && i < count && s.position < WORDS) i += attempt(s, table, out + i);
+    }
 }
 
 }  // namespace
@@ -196,44 +240,49 @@ int64_t normal_state_empty() { return WORDS; }
 //   state   struct State; a new one has its key, counter 0 and position normal_state_empty()
 //   table   256 layers, then 256 heights
 void normals(uint64_t *state, const uint64_t *table, int64_t count, double *out) {
-    State &s = *reinterpret_cast<State *>(state);
-    const Layer *layers = reinterpret_cast<const Layer *>(table);
-    const double *height = reinterpret_cast<const double *>(table + 2 * 256);
-    for (int64_t i = 0; i < count;) {
-        if (s.position == WORDS) refill(s);
-        if (count - i < GROUP || WORDS - static_cast<int64_t>(s.position) < GROUP) {
-            i += attempt(s, layers, height, out + i);
-            continue;
-        }
-        const int inside = group(s.words + s.position, layers, out + i);
-        if (__builtin_expect(inside == GROUP, 1)) {  // a branch, so that the next group need not wait for this one's count
-            s.position += GROUP, i += GROUP;
+    draw(*reinterpret_cast<State *>(state), *reinterpret_cast<const Table *>(table), count, out);
+}
+
+struct Numbers {
+    double scale, divisor, rescale, rate, decay, momentum;
+};
+
+// A private step on live values, chunk by chunk: mean = (sum + scale * noise) / divisor * rescale, then
+// velocity = momentum * velocity + mean + decay * value, then value -= rate * velocity. Every value gets noise of its own.
+//   state, table  where the noise is drawn from; or null, with `noise` drawn already, one for each value
+//   velocity      null: there is no momentum, velocity = mean + decay * value
+void noised_descent(uint64_t *state, const uint64_t *table, const double *noise, int64_t count, const float *sum,
+                    const double *numbers, double *velocity, float *value) {
+    Numbers n;
+    std::memcpy(&n, numbers, sizeof(n));
+    alignas(64) double drawn[CHUNK];
+    for (int64_t start = 0; start < count; start += CHUNK) {
+        const int64_t size = count - start < CHUNK ? count - start : CHUNK;
+        if (!noise) draw(*reinterpret_cast<State *>(state), *reinterpret_cast<const Table *>(table), size, drawn);
+        const double *z = noise ? noise + start : drawn;
+        const float *total = sum + start;
+        float *weight = value + start;
+        if (velocity) {
+            double *v = velocity + start;
+            for (int64_t i = 0; i < size; i++) {
+                const double mean = (static_cast<double>(total[i]) + n.scale * z[i]) / n.divisor * n.rescale;
+                const double now = static_cast<double>(weight[i]);
+                v[i] = n.momentum * v[i] + mean + n.decay * now;
+                weight[i] = static_cast<float>(now - n.rate * v[i]);
+            }
         } else {
-            s.position += static_cast<uint64_t>(inside), i += inside;
-            i += attempt(s, layers, height, out + i);
+            for (int64_t i = 0; i < size; i++) {
+                const double mean = (static_cast<double>(total[i]) + n.scale * z[i]) / n.divisor * n.rescale;
+                const double now = static_cast<double>(weight[i]);
+                weight[i] = static_cast<float>(now - n.rate * (mean + n.decay * now));
+            }
         }
     }
 }
 
-// noise[i] = (sum[i] + scale * noise[i]) / divisor
-void noised_mean(int64_t count, const float *sum, double scale, double divisor, double *noise) {
-    for (int64_t i = 0; i < count; i++) noise[i] = (static_cast<double>(sum[i]) + scale * noise[i]) / divisor;
-}
-
-// velocity = momentum * velocity + mean + decay * value; value -= rate * velocity. Without velocity: momentum is none.
-void descend(int64_t count, const double *mean, double rate, double momentum, double decay, double *velocity, float *value) {
-    if (velocity) {
-        for (int64_t i = 0; i < count; i++) {
-            const double now = static_cast<double>(value[i]);
-            velocity[i] = momentum * velocity[i] + mean[i] + decay * now;
-            value[i] = static_cast<float>(now - rate * velocity[i]);
-        }
-    } else {
-        for (int64_t i = 0; i < count; i++) {
-            const double now = static_cast<double>(value[i]);
-            value[i] = static_cast<float>(now - rate * (mean[i] + decay * now));
-        }
-    }
+// target[position[i]] = value[i]
+void scatter(int64_t count, const int64_t *position, const float *value, float *target) {
+    for (int64_t i = 0; i < count; i++) target[position[i]] = value[i];
 }
 
 }
