@@ -60,7 +60,7 @@ class Descent:
             raise ValueError(f"a sum of shape {total.shape} or a velocity does not fit {edges[-1]} live values")
         kernel = compiled.load() if total.dtype == np.float32 and total.flags.c_contiguous else None
         stream = source.stream if kernel is not None and isinstance(source, SeededNoise) else None
-        noise = source.normal(total.size) if stream is None else None
+        noise = source.normal(total.size) if stream is None else np.zeros(0)
         for values, start, stop in zip(parts, edges, edges[1:], strict=False):
             live = slice(start, stop)
             moving = None if velocity is None else velocity[live]

@@ -77,6 +77,7 @@ class PrivateGradient:
         self._whole = VmapEngine(module, loss, self._dtype)
         self._layers = self._layer_engine(backend, precision)
         self._checked: set[object] = set()
+        self._copies: list[NDArray[np.float32] | None] = []  # by live tensor; see `live_values`
         self._outputs: dict[object, Tensor] = {}
         trainable = [np.arange(s.start, s.stop, dtype=np.int64) for t, s in layout.spans() if not t.frozen]
         everything = dense(layout.d) if len(trainable) == len(layout.tensors) else None
@@ -86,7 +87,7 @@ class PrivateGradient:
         """Copy a flat vector of shape (d,) into the module's parameters."""
         if vector.shape != (self.layout.d,):
             raise ValueError(f"weights of shape {vector.shape} do not fit a model of {self.layout.d} coordinates")
-        self._copies = []
+        self._copies = []  # of other values
         with torch.no_grad():
             for parameter, (_, span) in zip(self._parameters, self.layout.spans(), strict=True):
                 if parameter.is_cpu:  # no copy in between, and torch does not warn of vectors that are read-only
@@ -142,7 +143,7 @@ class PrivateGradient:
         wide = norm_over or support
         self._live: tuple[LiveTensor, ...] = live_tensors(self.layout, wide)
         self._moving = self._live if wide is support else live_tensors(self.layout, support)
-        self._copies: list[NDArray[np.float32] | None] = []  # by live tensor; see `live_values`
+        self._copies = []  # of other places
         self._place = None if wide is support else support.within(wide)
         self._support, self._wide = support, wide
 

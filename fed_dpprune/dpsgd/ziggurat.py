@@ -39,8 +39,8 @@ def _log(value: float) -> float:
 def layers() -> NDArray[np.uint64]:
     """The layers as the kernel reads them, shape (768,), uint64, read-only.
 
-    Entries 2i and 2i + 1 (i < 256): layer i's width over 2^52 (the bits of a float64), and the 52-bit magnitude below which a draw
-    is inside for certain (an integer). Entry 512 + i: the height exp(-x^2 / 2) at its edge x (the bits of a float64).
+    Entries 2i and 2i + 1 (i < 256): layer i's width over 2^52 (the bits of a float64), and the 52-bit magnitude below which
+    a draw is inside for certain (an integer). Entry 512 + i: the height exp(-x^2 / 2) at its edge x (the bits of a float64).
     """
     edge, height = np.zeros(LAYERS), np.ones(LAYERS)
     edge[-1] = EDGE
