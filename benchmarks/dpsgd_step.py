@@ -37,6 +37,7 @@ from torch import nn
 from fed_dpprune.dpsgd import compiled
 from fed_dpprune.dpsgd.allocator import keep_freed_memory
 from fed_dpprune.dpsgd.clipping import Clipping
+from fed_dpprune.dpsgd.descent import Descent
 from fed_dpprune.dpsgd.gradient import PrivateGradient
 from fed_dpprune.dpsgd.layered import LayerEngine, Pass
 from fed_dpprune.dpsgd.live import live_tensors
@@ -158,22 +159,16 @@ class Workbench:
         return step
 
     def ours(self, backend: str, support: Support) -> Step:
-        """A local step of this project: clipped sum on the support, noise, update of the live weights."""
+        """A local step of this project, as `federation.local_train` takes it: clipped sum on the support, noise, live weights."""
         gradient = PrivateGradient(copy.deepcopy(self.module), self.layout, backend=backend)
         gradient.set_support(support)
-        weights = torch.cat([p.detach().flatten() for p in self.module.parameters()]).numpy().copy()
         noise, clipping = SeededNoise(0, "benchmark"), Clipping(CLIP_NORM)
         x, y = self.x.numpy(), self.y.numpy()
 
         def step() -> None:
             total = gradient.clipped_sum(x, y, clipping)
-            noised = total + SIGMA * CLIP_NORM * noise.normal(support.k)
-            update = (noised * (-RATE / self.batch)).astype(np.float32)
-            if support.k == support.d:
-                np.add(weights, update, out=weights)
-            else:
-                weights[support.indices] += update
-            gradient.set_weights(weights)
+            with gradient.live_values() as values:
+                Descent(SIGMA * CLIP_NORM, self.batch, RATE).step(values, total, noise)
 
         return step
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fed_dpprune.dpsgd import compiled
 from fed_dpprune.dpsgd.clipping import MODES, Clipping
 from fed_dpprune.dpsgd.gradient import PrivateGradient
 from fed_dpprune.errors import ConfigError
@@ -186,3 +187,88 @@ def test_an_example_whose_loss_alone_is_not_finite_adds_nothing(backend):
     engine = PrivateGradient(net, layout_of(net), backend=backend, loss=loss)
     rest = engine.clipped_sum(x[y != 2], y[y != 2], Clipping(0.1))
     np.testing.assert_allclose(engine.clipped_sum(x, y, Clipping(0.1)), rest, rtol=1e-4, atol=1e-7)
+
+
+def _engine_with(change: str = "") -> tuple[PrivateGradient, nn.Module, Layout]:
+    net = small_net()
+    if change == "channels last":  # not one after the other in memory
+        net[0] = net[0].to(memory_format=torch.channels_last)
+        net[0].weight.data = torch.randn(4, 1, 3, 3).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    if change == "float64":
+        net.double()
+    layout = layout_of(net, frozen=("3.weight",))
+    return PrivateGradient(net, layout, precision="float64" if change == "float64" else "float32"), net, layout
+
+
+def _flat(net: nn.Module) -> np.ndarray:
+    return np.concatenate([p.detach().float().numpy().reshape(-1) for p in net.parameters()])
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("change", ["", "channels last", "float64"])
+def test_live_values_write_the_live_weights_and_no_other(monkeypatch, change, kernel):
+    """Whole tensors in their own memory, parts of tensors, tensors without a live weight; over changes of the support."""
+    if not kernel:
+        monkeypatch.setattr(compiled, "load", lambda: None)
+    engine, net, layout = _engine_with(change)
+    allowed = np.concatenate([np.full(t.size, not t.frozen) for t in layout.tensors])
+    start = np.random.default_rng(0).normal(size=layout.d).astype(np.float32)
+    engine.set_weights(start)
+    expected, rng = start.copy(), np.random.default_rng(3)
+    whole_bias = np.arange(layout.d) < layout.offsets[2]
+    for seed in (1, 1, 2, 3):
+        mask = (np.random.default_rng(seed).random(layout.d) < 0.3) & allowed
+        support = from_mask(mask | whole_bias if seed == 2 else mask)
+        engine.set_support(support)
+        for _ in range(2):
+            with engine.live_values() as parts:
+                assert np.concatenate(parts).tobytes() == expected[support.indices].tobytes()
+                for part in parts:
+                    part += rng.normal(size=part.size).astype(np.float32)
+                    assert part.dtype == np.float32 and part.flags.c_contiguous
+                expected[support.indices] = np.concatenate(parts)
+            assert _flat(net).tobytes() == expected.tobytes()
+            assert engine.weights_on(support).tobytes() == expected[support.indices].tobytes()
+
+
+def test_live_values_follow_weights_that_are_set_anew():
+    engine, net, layout = _engine_with()
+    allowed = np.concatenate([np.full(t.size, not t.frozen) for t in layout.tensors])
+    support = from_mask((np.random.default_rng(1).random(layout.d) < 0.3) & allowed)
+    engine.set_support(support)
+    for value in (1.0, 2.0):
+        engine.set_weights(np.full(layout.d, value, dtype=np.float32))
+        with engine.live_values() as parts:
+            assert all((part == value).all() for part in parts)
+    assert (_flat(net) == 2.0).all()
+
+
+def test_the_ablations_wider_norm_moves_the_support_alone():
+    engine, net, layout = _engine_with()
+    allowed = np.flatnonzero(np.concatenate([np.full(t.size, not t.frozen) for t in layout.tensors]))
+    wide, support = Support(allowed, layout.d), Support(allowed[::3], layout.d)
+    before = _flat(net)
+    engine.set_support(support, norm_over=wide)
+    with engine.live_values() as parts:
+        assert sum(part.size for part in parts) == support.k
+        for part in parts:
+            part += 1
+    assert np.flatnonzero(_flat(net) != before).tolist() == support.indices.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_live_values_go_to_a_gpu():
+    net = small_net().cuda()
+    layout = layout_of(net)
+    engine, support = PrivateGradient(net, layout), some_support(layout)
+    start = np.random.default_rng(0).normal(size=layout.d).astype(np.float32)
+    engine.set_weights(start)
+    engine.set_support(support)
+    for _ in range(2):
+        with engine.live_values() as parts:
+            for part in parts:
+                part += 1
+    start[support.indices] += 1
+    start[support.indices] += 1
+    assert np.concatenate([p.detach().cpu().numpy().reshape(-1) for p in net.parameters()]).tobytes() == start.tobytes()

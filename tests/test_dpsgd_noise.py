@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from fed_dpprune.dpsgd import noise
+from fed_dpprune import randomness
+from fed_dpprune.dpsgd import compiled, noise, ziggurat
 from fed_dpprune.dpsgd.noise import OsNoise, SeededNoise
 
 REPEATS, LIVE = 64, 2000
@@ -181,3 +183,76 @@ def test_the_steps_of_one_stream_differ() -> None:
 def test_labels_tell_protection_from_simulation() -> None:
     assert OsNoise().label == "os-entropy"
     assert SeededNoise(1).label == "seeded-simulation"
+
+
+needs_kernel = pytest.mark.skipif(compiled.load() is None, reason="no C++ compiler")
+
+
+@needs_kernel
+def test_seeded_noise_from_the_kernel_is_numpys_to_the_bit_over_calls_of_any_length() -> None:
+    assert compiled.load().draws_like_numpy
+    beyond = 0
+    for run, counts in enumerate([(1, 2, 3, 5, 7, 0, 1023, 1025, 4097), (600_001, 1, 333_333), (7,) * 2000]):
+        source, theirs = SeededNoise(3, run), randomness.generator(3, "noise", run)
+        assert source.stream is not None
+        for count in counts:
+            drawn = source.normal(count)
+            assert drawn.tobytes() == theirs.standard_normal(count).tobytes()
+            beyond += int((np.abs(drawn) > ziggurat.EDGE).sum())
+    assert beyond > 100, "the tail was not met"
+
+
+def _numpy_takes(words: list[int]) -> tuple[float, int]:
+    """The value that numpy makes when these are the next words (at most four), and how many of them it used."""
+    bits = np.random.Philox(key=1)
+    state = bits.state
+    state["buffer"], state["buffer_pos"] = np.array((words + [0] * 4)[:4], dtype=np.uint64), 0
+    bits.state = state
+    return float(np.random.Generator(bits).standard_normal()), int(bits.state["buffer_pos"])
+
+
+def test_the_layers_are_the_ones_that_numpy_draws_with() -> None:
+    """Each layer's width and limit, and the height against which a draw in its wedge is judged: one word more or less shows."""
+    table = ziggurat.layers()
+    width, inside, height = table[:512:2].view(np.float64), table[1:512:2], table[512:].view(np.float64)
+    for layer in range(256):
+        limit = int(inside[layer])
+        if limit:
+            assert _numpy_takes([layer | (limit - 1) << 9]) == ((limit - 1) * width[layer], 1)
+            assert _numpy_takes([layer | 256 | (limit // 3) << 9]) == (-(limit // 3) * width[layer], 1)
+        assert _numpy_takes([layer | limit << 9, 1 << 62, 1 << 63])[1] in (2, 3)
+        if layer:
+            magnitude = (limit + 2**52) // 2
+            x = magnitude * width[layer]
+            low, high = 0, 2**53
+            while high - low > 1:  # the largest uniform number that passes
+                middle = (low + high) // 2
+                passes = (height[layer - 1] - height[layer]) * (middle * 2.0**-53) + height[layer] < math.exp(-0.5 * x * x)
+                low, high = (middle, high) if passes else (low, middle)
+            assert _numpy_takes([layer | magnitude << 9, low << 11, 7])[1] == 2
+            assert _numpy_takes([layer | magnitude << 9, high << 11, 7])[1] == 3
+
+
+def test_without_a_kernel_seeded_noise_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = SeededNoise(3, "run").normal(10_001)
+    monkeypatch.setattr(compiled, "load", lambda: None)
+    source = SeededNoise(3, "run")
+    assert source.stream is None and source.normal(10_001).tobytes() == fast.tobytes()
+
+
+@needs_kernel
+@pytest.mark.parametrize(("entry", "bits"), [(2 * 100, 0), (2 * 200 + 1, 46), (512 + 100, 48)], ids=["width", "limit", "height"])
+def test_a_kernel_whose_normals_are_not_numpys_is_not_used_for_them(
+    monkeypatch: pytest.MonkeyPatch, entry: int, bits: int
+) -> None:
+    right = SeededNoise(3, "run").normal(1000)
+    wrong = ziggurat.layers().copy()
+    wrong[entry] -= np.uint64(1 << bits)
+    monkeypatch.setattr(ziggurat, "layers", lambda: wrong)
+    kernel = compiled.Kernel(compiled.load().path)
+    monkeypatch.setattr(compiled, "_outcome", lambda: (kernel, ""))
+    monkeypatch.setattr(compiled, "load", lambda: kernel)
+    status = compiled.kernel_status()
+    assert status["available"] and status["seeded_noise"] == "numpy" and "not those of this numpy" in str(status["reason"])
+    source = SeededNoise(3, "run")
+    assert source.stream is None and source.normal(1000).tobytes() == right.tobytes()

@@ -6,7 +6,8 @@ Algorithm 1). Noise is added by the caller (`noise.py`), on the k values that co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class PrivateGradient:
     """The gradient side of a private step: keep one per model, call it every step.
 
     Args:
-        module: The model. Its parameters are overwritten by `set_weights`; nothing else of it changes.
+        module: The model. Its parameters are overwritten by `set_weights` and inside `live_values`; nothing else of it changes.
         layout: Names and shapes of its parameters in coordinate order; tensors with `frozen=True` never get a gradient.
         backend: `reference`, `torch`, `compiled`, or `auto` (the fastest that fits the model on this machine).
         micro_batch: Examples held in memory at once; 0 chooses by memory. The result does not depend on it but for rounding.
@@ -69,12 +70,14 @@ class PrivateGradient:
             raise ValueError("the layout does not list this module's parameters")
         check_module(module)
         self.module, self.layout, self.micro_batch = module, layout, micro_batch
-        self._parameters = [p for _, p in module.named_parameters()]
+        self._named = dict(module.named_parameters())
+        self._parameters = list(self._named.values())
         self._dtype = torch.float64 if precision == "float64" else torch.float32
         self._loss = loss
         self._whole = VmapEngine(module, loss, self._dtype)
         self._layers = self._layer_engine(backend, precision)
         self._checked: set[object] = set()
+        self._copies: list[NDArray[np.float32] | None] = []  # by live tensor; see `live_values`
         self._outputs: dict[object, Tensor] = {}
         trainable = [np.arange(s.start, s.stop, dtype=np.int64) for t, s in layout.spans() if not t.frozen]
         everything = dense(layout.d) if len(trainable) == len(layout.tensors) else None
@@ -84,12 +87,42 @@ class PrivateGradient:
         """Copy a flat vector of shape (d,) into the module's parameters."""
         if vector.shape != (self.layout.d,):
             raise ValueError(f"weights of shape {vector.shape} do not fit a model of {self.layout.d} coordinates")
+        self._copies = []  # of other values
         with torch.no_grad():
             for parameter, (_, span) in zip(self._parameters, self.layout.spans(), strict=True):
                 if parameter.is_cpu:  # no copy in between, and torch does not warn of vectors that are read-only
                     np.copyto(parameter.numpy(), vector[span].reshape(parameter.shape))
                 else:
                     parameter.copy_(torch.tensor(vector[span]).view(parameter.shape))
+
+    @contextmanager
+    def live_values(self) -> Iterator[list[NDArray[np.float32]]]:
+        """The weights on the support in use, to be changed in place inside the `with`; no other weight can be.
+
+        Yields:
+            A contiguous vector for each live tensor, together k values in coordinate order. Of a tensor that lives entirely on
+            the CPU it is the parameter's own memory; else a copy that is taken at the first step on a support, kept
+            until `set_weights` or another support, and written to its places at the end of the `with`.
+        """
+        with torch.no_grad():
+            found = [_own_memory(tensor, self._named[tensor.name]) for tensor in self._moving]
+            if not self._copies:
+                self._copies = [None if own is not None else self._copied(t) for own, t in zip(found, self._moving, strict=True)]
+            parts = [own if own is not None else copy for own, copy in zip(found, self._copies, strict=True)]
+            yield [part for part in parts if part is not None]
+            for tensor, copy in zip(self._moving, self._copies, strict=True):
+                if copy is not None:
+                    _put(self._named[tensor.name], tensor, copy)
+
+    def weights_on(self, support: Support) -> NDArray[np.float32]:
+        """The weights on a support, shape (k,), float32."""
+        with torch.no_grad():
+            parts = [self._copied(tensor) for tensor in live_tensors(self.layout, support)]
+        return np.concatenate([np.zeros(0, dtype=np.float32), *parts])
+
+    def _copied(self, tensor: LiveTensor) -> NDArray[np.float32]:
+        values = self._named[tensor.name].detach().to("cpu", torch.float32).numpy().reshape(-1)
+        return values.copy() if tensor.full else values[tensor.positions]
 
     def set_support(self, support: Support, norm_over: Support | None = None) -> None:
         """Choose the live coordinates of the following calls; cheap when nothing changed.
@@ -109,6 +142,8 @@ class PrivateGradient:
     def _adopt(self, support: Support, norm_over: Support | None) -> None:
         wide = norm_over or support
         self._live: tuple[LiveTensor, ...] = live_tensors(self.layout, wide)
+        self._moving = self._live if wide is support else live_tensors(self.layout, support)
+        self._copies = []  # of other places
         self._place = None if wide is support else support.within(wide)
         self._support, self._wide = support, wide
 
@@ -213,3 +248,25 @@ class PrivateGradient:
         """A tensor in torch's own aligned memory: matrix libraries may round differently on odd addresses."""
         tensor = value if isinstance(value, Tensor) else torch.tensor(value)
         return tensor.to(self._parameters[0].device) if self._parameters else tensor
+
+
+def _plain(parameter: nn.Parameter) -> bool:
+    return parameter.is_cpu and parameter.dtype == torch.float32 and parameter.is_contiguous()
+
+
+def _own_memory(tensor: LiveTensor, parameter: nn.Parameter) -> NDArray[np.float32] | None:
+    """The memory of a parameter that lives entirely, as a vector; None where only a copy will do."""
+    return parameter.numpy().reshape(-1) if tensor.full and _plain(parameter) else None
+
+
+def _put(parameter: nn.Parameter, tensor: LiveTensor, values: NDArray[np.float32]) -> None:
+    """Write a tensor's live values to their places, on whatever device and in whatever order its memory is."""
+    kernel = compiled.load() if _plain(parameter) else None
+    if kernel is not None:
+        arrays = (tensor.positions, values, parameter.numpy())
+        kernel.library.scatter(values.size, *(array.ctypes.data for array in arrays))
+        return
+    key = ("positions", parameter.device)  # kept on the device as long as the support
+    if key not in tensor.cache:
+        tensor.cache[key] = torch.tensor(tensor.positions).to(parameter.device)
+    parameter.put_(tensor.cache[key], torch.from_numpy(values).to(parameter.device, parameter.dtype))

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
 from fed_dpprune import randomness
+from fed_dpprune.dpsgd import compiled
 
 OS_ENTROPY = "os-entropy"
 SEEDED = "seeded-simulation"
@@ -32,7 +33,7 @@ class NoiseSource(Protocol):
     label: str
 
     def normal(self, count: int) -> NDArray[np.float64]:
-        """`count` fresh standard normal values, shape (count,), float64; never the same values twice."""
+        """`count` fresh standard normal values, shape (count,), float64; never the same values twice. The caller's to change."""
         ...
 
 
@@ -79,16 +80,29 @@ class OsNoise:
 class SeededNoise:
     """Repeatable noise for simulations: a stream of its own from (seed, "noise", ids), float64.
 
+    The values are numpy's to the bit; the kernel draws them where there is one, five times as fast.
+
     Args:
         seed: The run's root seed.
         ids: Run, round, client and the digest of the request, so that a changed request gets other noise.
+
+    Attributes:
+        stream: The kernel's side of it, for passes that draw and use values together; None where numpy draws.
     """
 
     label = SEEDED
 
     def __init__(self, seed: int, *ids: int | str | bytes) -> None:
         self._generator = randomness.generator(seed, "noise", *ids)
+        kernel = compiled.load()
+        self.stream: compiled.NormalStream | None = None
+        if kernel is not None and kernel.draws_like_numpy:
+            self.stream = compiled.NormalStream(kernel, self._generator.bit_generator.state["state"]["key"])
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """The next `count` standard normal values of the stream, shape (count,), float64."""
-        return self._generator.standard_normal(count)
+        if self.stream is None:
+            return self._generator.standard_normal(count)
+        values = np.empty(count)
+        self.stream.fill(values)
+        return values

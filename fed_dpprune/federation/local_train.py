@@ -1,13 +1,13 @@
 """One client's private work of one round: local DP-SGD steps on the round's support.
 
-Everything that depends on private examples passes through `_private_mean`; the optimiser sees released values only, so
-momentum and weight decay are post-processing.
+Everything that depends on private examples passes through `_clipped_sum`, and from there through the noise of `_descent`;
+the optimiser sees released values only, so momentum and weight decay are post-processing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fed_dpprune import config as cfg
 from fed_dpprune.data.sampling import poisson
 from fed_dpprune.dpsgd.clipping import Clipping
+from fed_dpprune.dpsgd.descent import Descent
 from fed_dpprune.federation.secrets import Secrets
 from fed_dpprune.federation.terms import RoundTerms
 from fed_dpprune.sparsity.recipe import RoundSupport
@@ -40,26 +41,29 @@ class Share:
     nominal_size: int
 
 
-def _private_mean(
-    gradient: PrivateGradient,
-    share: Share,
-    terms: RoundTerms,
-    step: int,
-    clipping: Clipping,
-    secrets: Secrets,
-    count: int,
-) -> NDArray[np.float64]:
-    """The release of one step: (clipped sum + noise) / (q N_c) on `count` live coordinates, shape (count,).
-
-    An empty batch is released like any other: noise alone. Source: methods 1, steps 1 to 6 (arXiv 1607.00133,
-    Algorithm 1, with mask before clip from arXiv 2112.00845).
-    """
+def _clipped_sum(
+    gradient: PrivateGradient, share: Share, terms: RoundTerms, step: int, clipping: Clipping, secrets: Secrets
+) -> NDArray[Any]:
+    """The clipped sum of one step's Poisson batch on the live coordinates; nothing but noise may be done with it."""
     batch = share.indices[poisson(len(share.indices), terms.sample_rate, secrets.uniforms(terms, step))]
     x, y = share.examples.take(batch)
-    total = np.asarray(gradient.clipped_sum(x, y, clipping), dtype=np.float64)
-    noise = secrets.noise(terms, step).normal(count)
-    total = total + terms.noise_multiplier * terms.clip_norm * noise
-    return total / (terms.sample_rate * share.nominal_size)
+    return gradient.clipped_sum(x, y, clipping)
+
+
+def _descent(config: cfg.Config, terms: RoundTerms, share: Share, support: Support) -> Descent:
+    """The release (clipped sum + noise) / (q N_c), and the step along it.
+
+    The noise: standard deviation sigma * C on the sum at every live coordinate, whatever the batch holds, an empty one
+    too. Source: methods 1, steps 1 to 6 (arXiv 1607.00133, Algorithm 1, with mask before clip from arXiv 2112.00845).
+    """
+    return Descent(
+        noise_scale=terms.noise_multiplier * terms.clip_norm,
+        divisor=terms.sample_rate * share.nominal_size,
+        rescale=support.d / support.k if config.sparsity.rescale == "d-over-k" and support.k else 1.0,
+        rate=terms.learning_rate,
+        decay=config.client.weight_decay,
+        momentum=config.client.momentum,
+    )
 
 
 def train(
@@ -89,18 +93,17 @@ def train(
     """
     clipping = Clipping(terms.clip_norm, config.privacy.clipping)
     wide = survivors if config.sparsity.order == "clip-then-mask" else None
-    local = weights.copy()
-    velocity = np.zeros(live.support.k)
+    velocity = np.zeros(live.support.k) if config.client.momentum else None
+    gradient.set_weights(weights)  # once: what no step moves stands still
     for step in range(terms.steps):
         support = live.steps(step)
-        place = slice(None) if support is live.support else support.within(live.support)
-        gradient.set_weights(local)
         gradient.set_support(support, norm_over=wide)
-        mean = _private_mean(gradient, share, terms, step, clipping, secrets, support.k)
-        if config.sparsity.rescale == "d-over-k" and support.k:
-            mean *= support.d / support.k
-        now = local[support.indices].astype(np.float64)
-        velocity[place] = config.client.momentum * velocity[place] + mean + config.client.weight_decay * now
-        local[support.indices] = (now - terms.learning_rate * velocity[place]).astype(np.float32)
-    index = live.support.indices
-    return local[index].astype(np.float64) - weights[index].astype(np.float64)
+        place = slice(None) if support is live.support else support.within(live.support)
+        speed = None if velocity is None else velocity[place]
+        total = _clipped_sum(gradient, share, terms, step, clipping, secrets)
+        with gradient.live_values() as values:
+            _descent(config, terms, share, support).step(values, total, secrets.noise(terms, step), speed)
+        if velocity is not None and support is not live.support:
+            velocity[place] = speed
+    after = gradient.weights_on(live.support)
+    return after.astype(np.float64) - weights[live.support.indices].astype(np.float64)
