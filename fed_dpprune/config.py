@@ -27,6 +27,28 @@ LISTS_AS_TEXT = ","
 # Keys that the contract fixes and whose feature lands later: key -> values that work today (None: only the default).
 LATER: dict[str, tuple[Value, ...] | None] = {"policy.allow-releases": None}
 
+_NOT_POISSON = (
+    "batches of a fixed size are another mechanism, and accounted as Poisson sampling they leak more than is claimed",
+    "every batch here is a Poisson sample; set privacy.expected-batch or privacy.sample-rate",
+)
+_SERVER_KNOWS = (
+    "the server is the adversary and knows which clients it asked, so that choice hides nothing and lowers no epsilon",
+    "set federation.clients-per-round, and every asked client pays in full",
+)
+# What is asked for elsewhere and refused here: (key, value or None for any) -> (why, what to do instead).
+REFUSED: dict[tuple[str, str | None], tuple[str, str]] = {
+    ("privacy.accountant", "gdp"): (
+        '"gdp" is a central-limit estimate that reports less than is spent (0.49 for a true 2.1)',
+        "use one of pld | rdp | prv",
+    ),
+    ("privacy.sampler", None): _NOT_POISSON,
+    ("privacy.sampling", None): _NOT_POISSON,
+    ("privacy.batch-size", None): _NOT_POISSON,
+    ("privacy.amplification", None): _SERVER_KNOWS,
+    ("privacy.client-sampling", None): _SERVER_KNOWS,
+    ("privacy.client-sample-rate", None): _SERVER_KNOWS,
+}
+
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
@@ -428,11 +450,14 @@ def build(flat: Mapping[str, Any]) -> Config:
     """Validate dotted keys into a Config.
 
     Raises:
-        ConfigError: Unknown key (with the nearest name), wrong type, impossible or contradictory value, or a key
-            whose feature is not here yet.
+        ConfigError: Something refused for its privacy (with the reason), unknown key (with the nearest name), wrong type,
+            impossible or contradictory value, or a key whose feature is not here yet.
     """
     tables = {key.rsplit(".", n)[0] for key in KEYS for n in range(1, key.count(".") + 1)}
-    for key in flat:
+    for key, value in flat.items():
+        refused = REFUSED.get((key, None)) or REFUSED.get((key, str(value)))
+        if refused:
+            raise ConfigError(key, *refused)
         if key in tables:
             raise ConfigError(key, "is a table, not a value", f"write [{key}] and keys under it")
         if key not in DEFAULTS:

@@ -298,3 +298,20 @@ def test_every_preset_says_its_command_in_its_first_comment(path):
     assert "fed-dpprune" in "".join(line for line in text.splitlines()[:6] if line.startswith("#"))
     if "studies" not in path.parts and "deployment" not in path.parts:
         cfg.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("privacy.accountant", "gdp", "reports less than is spent"),
+        ("privacy.sampler", "fixed", "another mechanism"),
+        ("privacy.sampling", "shuffle", "another mechanism"),
+        ("privacy.batch-size", 64, "another mechanism"),
+        ("privacy.amplification", "clients", "knows which clients it asked"),
+        ("privacy.client-sampling", True, "knows which clients it asked"),
+        ("privacy.client-sample-rate", 0.1, "knows which clients it asked"),
+    ],
+)
+def test_what_would_understate_epsilon_is_refused_with_the_reason(key, value, reason):
+    with pytest.raises(ConfigError, match=reason):
+        cfg.build({"privacy.epsilon": 1.0, key: value})

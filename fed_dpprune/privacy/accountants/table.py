@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from fed_dpprune.config import REFUSED
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.privacy import renyi
 from fed_dpprune.privacy.cache import Figures
@@ -51,11 +52,7 @@ def lookup(accountant: str) -> Accountant:
         ConfigError: An unknown name; `gdp`, with the reason.
     """
     if accountant == "gdp":
-        raise ConfigError(
-            "privacy.accountant",
-            '"gdp" is a central-limit estimate that reports less than is spent (0.49 for a true 2.1)',
-            f"use one of {' | '.join(ACCOUNTANTS)}",
-        )
+        raise ConfigError("privacy.accountant", *REFUSED["privacy.accountant", "gdp"])
     if accountant not in ACCOUNTANTS:
         raise ConfigError("privacy.accountant", f"{accountant!r} is not an accountant", f"use one of {' | '.join(ACCOUNTANTS)}")
     return ACCOUNTANTS[accountant]
