@@ -123,8 +123,8 @@ def estimate(
 
 
 def _evaluations(config: cfg.Config) -> int:
-    """Rounds in which the test set is evaluated."""
-    return config.federation.rounds
+    """Rounds in which the test set is evaluated: every n-th, and the last."""
+    return -(-config.federation.rounds // config.federation.evaluate_every)
 
 
 def _own_share(layout: Layout) -> float:

@@ -56,7 +56,8 @@ inline __m512i all(uint64_t v) { return _mm512_set1_epi64(static_cast<long long>
 inline __m512i mixed(__m512i a, __m512i b, uint64_t key) { return _mm512_ternarylogic_epi64(a, b, all(key), 0x96); }
 
 template <uint64_t FACTOR>
-inline __m512i upper(__m512i x) {  // of x * FACTOR, exactly: x in 52 and 12 bits, FACTOR too; no sum below leaves 64 bits
+inline __m512i upper(__m512i x) {  // of x * FACTOR, exactly: x in 52 and 12 bits, FACTOR too
+    static_assert((FACTOR & MAGNITUDE) < uint64_t(3) << 50, "the sum below would leave its 64 bits");
     const __m512i low = all(FACTOR & MAGNITUDE), high = all(FACTOR >> 52), none = _mm512_setzero_si512();
     const __m512i top = _mm512_srli_epi64(x, 52), rest = _mm512_srli_epi64(x, 12), bottom = _mm512_and_epi64(x, all(0xfff));
     __m512i sum = _mm512_madd52lo_epu64(_mm512_madd52hi_epu64(none, x, low), bottom, high);
