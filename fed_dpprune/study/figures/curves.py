@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fed_dpprune.records import RoundRecord, read_lines
+from fed_dpprune.records import RoundRecord, conditions, read_lines
 from fed_dpprune.study.figures import style
 
 
@@ -26,6 +26,7 @@ class Curves:
         dense_bytes_up: What the same messages as dense float32 would have cost over the run; 0 if unknown.
         delta: Of the epsilon; NaN if unknown.
         name: The run's name, may be empty.
+        conditions: Under which the epsilons hold, may be empty.
     """
 
     rounds: Sequence[int]
@@ -35,6 +36,7 @@ class Curves:
     dense_bytes_up: int
     delta: float
     name: str = ""
+    conditions: str = ""
 
 
 def from_records(records: Sequence[RoundRecord], *, delta: float, dense_bytes_up: int, name: str = "") -> Curves:
@@ -64,6 +66,7 @@ def read(run_dir: Path) -> Curves:
         int(summary.get("bytes", {}).get("uplink", {}).get("dense_float32") or 0),
         _number(summary.get("privacy", {}).get("delta")),
         summary.get("name") or "",
+        conditions(summary),
     )
 
 
@@ -84,6 +87,8 @@ def draw(run: Path | Curves, path: Path) -> None:
             accuracy = figure.add_subplot(grid[0, 0])
             _over_rounds(accuracy, figure.add_subplot(grid[1, 0], sharex=accuracy), curves)
             _over_bytes(figure.add_subplot(grid[:, 1]), curves)
+            if curves.conditions:
+                figure.supxlabel(f"epsilon: {curves.conditions}", x=0.01, ha="left", fontsize=6.5, color=style.GREY)
         else:
             figure.text(0.5, 0.5, "no round is complete", ha="center", va="center", color=style.GREY)
         style.write(figure, path)
