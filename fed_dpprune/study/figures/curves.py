@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from fed_dpprune.records import RoundRecord, conditions, read_lines
@@ -88,7 +89,7 @@ def draw(run: Path | Curves, path: Path) -> None:
             _over_rounds(accuracy, figure.add_subplot(grid[1, 0], sharex=accuracy), curves)
             _over_bytes(figure.add_subplot(grid[:, 1]), curves)
             if curves.conditions:
-                figure.supxlabel(f"epsilon: {curves.conditions}", x=0.01, ha="left", fontsize=6.5, color=style.GREY)
+                figure.supxlabel(fill(f"epsilon: {curves.conditions}", 135), x=0.01, ha="left", fontsize=6.5, color=style.GREY)
         else:
             figure.text(0.5, 0.5, "no round is complete", ha="center", va="center", color=style.GREY)
         style.write(figure, path)
