@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,24 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:  # not finite somewhere
         return json.dumps(clean(value), indent=indent, allow_nan=False)
+
+
+LIBRARIES = {"pld": "dp-accounting", "rdp": "dp-accounting", "prv": "opacus"}  # where each accountant comes from
+
+
+def conditions(summary: Mapping[str, Any]) -> str:
+    """Under which a finished run's epsilons hold, from its summary.json; empty where it claims nothing.
+
+    Unit, neighbouring relation, sampler, accountant with its version, adversary: printed beside the figures and their delta.
+    """
+    privacy = summary.get("privacy") or {}
+    if not privacy.get("accountant"):
+        return ""
+    library = LIBRARIES.get(privacy["accountant"], "")
+    version = (summary.get("versions") or {}).get(library, "of unknown version")
+    relation, unit, sampler, adversary = (str(privacy.get(key, "")) for key in ("neighbouring", "unit", "sampler", "adversary"))
+    accountant = f"{privacy['accountant']} ({library} {version})"
+    return f"{relation.replace('-', ' ')} {unit} of one client, {sampler} sampling, {accountant}, against {adversary}"
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

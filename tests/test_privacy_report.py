@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -158,3 +159,26 @@ def test_a_group_has_at_least_one_example() -> None:
     with pytest.raises(ValueError, match="at least one"):
         statement.group_price([ENTRY], 0, DELTA)
     assert statement.group_price([], 5, DELTA) == 0.0
+
+
+def test_every_place_that_shows_an_epsilon_says_under_which_conditions_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger's text, `compare`, and the picture of a run; plan and run print `statement`, tested above."""
+    from fed_dpprune.console import Screen
+    from fed_dpprune.study.compare import print_table, read_runs
+    from fed_dpprune.study.figures import curves, style
+    from tests import small_run
+
+    small_run.run(small_run.config(**{"federation.rounds": 1}), tmp_path)
+    drawn: list[str] = []
+    monkeypatch.setattr(style, "write", lambda figure, path: drawn.append(figure.get_supxlabel()))
+    curves.draw(tmp_path, tmp_path / "x.png")
+    shown = io.StringIO()
+    print_table(read_runs([tmp_path]), Screen(shown, shown))
+    ledger = ledger_text(ledger_report(tmp_path / "ledger.sqlite"))
+    for text in (drawn[0], shown.getvalue(), ledger):
+        words = " ".join(text.split())
+        assert all(
+            word in words for word in ("one example", "poisson sampling", table.version("rdp"), f"against {statement.ADVERSARY}")
+        )

@@ -80,3 +80,22 @@ def test_the_ratio_is_payload_over_dense_and_below_1_is_less():
 
 def test_a_ratio_of_nothing_is_null():
     assert Direction().as_json()["ratio"] is None
+
+
+def test_the_conditions_of_an_epsilon_are_all_there_with_the_accountants_version():
+    privacy = {
+        "unit": "example",
+        "neighbouring": "add-or-remove-one",
+        "sampler": "poisson",
+        "accountant": "prv",
+        "adversary": "all",
+    }
+    text = records.conditions({"privacy": privacy, "versions": {"opacus": "1.2.3", "dp-accounting": "9"}})
+    assert text == "add or remove one example of one client, poisson sampling, prv (opacus 1.2.3), against all"
+    assert records.conditions({"privacy": {}}) == records.conditions({}) == ""
+
+
+def test_every_accountant_has_its_library():
+    from fed_dpprune.privacy.accountants.table import ACCOUNTANTS
+
+    assert {name: row.library for name, row in ACCOUNTANTS.items()} == records.LIBRARIES

@@ -14,6 +14,7 @@ from fed_dpprune.errors import LedgerError
 from fed_dpprune.privacy.accountants import table
 from fed_dpprune.privacy.history import Entry
 from fed_dpprune.privacy.ledger import ClientSpent, Ledger, RunSpent
+from fed_dpprune.privacy.statement import ADVERSARY
 
 TOLERANCE = 1e-6
 
@@ -105,7 +106,8 @@ def ledger_text(report: dict[str, Any]) -> str:
     accountants = sorted({spent["accountant"] for spent in report["clients"].values()})
     rules = {spent["rule"] for spent in report["clients"].values()}
     lines.append(
-        f"for adding or removing one {report['unit']} ({report['sampler']} sampling; {', '.join(accountants) or 'no charge'})"
+        f"for adding or removing one {report['unit']} ({report['sampler']} sampling; {', '.join(accountants) or 'no charge'}), "
+        f"against {ADVERSARY}"
     )
     if "filter" in rules:
         lines.append("where more than one declared schedule was charged: by a Renyi filter of one fixed order")

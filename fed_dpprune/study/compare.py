@@ -7,11 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from fed_dpprune.console import Screen
 from fed_dpprune.errors import BadInput
-from fed_dpprune.records import SCHEMA, to_json
+from fed_dpprune.records import SCHEMA, conditions, to_json
+
+NOTE_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Row:
     epsilon_max: float | None
     delta: float | None
     accountant: str
+    conditions: str
     uplink: Traffic
     downlink: Traffic
     live: int | None
@@ -97,6 +101,7 @@ def read_run(run: Path) -> Row:
         epsilon_max=_within(summary, "privacy", "epsilon_max"),
         delta=_within(summary, "privacy", "delta"),
         accountant=_within(summary, "privacy", "accountant") or "",
+        conditions=conditions(summary),
         uplink=_traffic(summary, "uplink"),
         downlink=_traffic(summary, "downlink"),
         live=live[-1] if live else None,
@@ -159,6 +164,8 @@ def print_table(rows: Sequence[Row], screen: Screen) -> None:
         )  # fmt: skip
     screen.console().print(table)
     notes = "Accuracy: last round's. Epsilon: of the client that spent most. Bytes: all clients, payload, then whole messages."
+    for text in dict.fromkeys(row.conditions for row in rows if row.conditions):
+        notes += "\n" + fill(f"Epsilon holds for: {text}.", NOTE_WIDTH)
     if len(deltas) > 1:
         notes += "\nThese epsilons hold at different deltas: do not compare them directly."
     print(notes, file=screen.out)

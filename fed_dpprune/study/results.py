@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from fed_dpprune.console import Screen
-from fed_dpprune.records import write_atomically
-from fed_dpprune.study.compare import megabytes, number
+from fed_dpprune.records import conditions, write_atomically
+from fed_dpprune.study.compare import NOTE_WIDTH, megabytes, number
 from fed_dpprune.study.design import Point, Study
 
 # Column of the CSV -> where it lies in summary.json.
@@ -127,6 +128,9 @@ def print_table(study: Study, results: Sequence[Result], screen: Screen) -> None
         "Of dense: uplink payload / dense float32; messages: whole uplink messages / the same.",
         file=screen.out,
     )
+    for text in dict.fromkeys(conditions(result.summary or {}) for result in results):
+        if text:
+            print(fill(f"Epsilon holds for: {text}.", NOTE_WIDTH), file=screen.out)
 
 
 def _cells(members: Sequence[Result]) -> list[str]:

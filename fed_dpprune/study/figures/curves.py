@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-from fed_dpprune.records import RoundRecord, read_lines
+from fed_dpprune.records import RoundRecord, conditions, read_lines
 from fed_dpprune.study.figures import style
 
 
@@ -27,6 +28,7 @@ class Curves:
         delta: Of the epsilon; NaN if unknown.
         name: The run's name, may be empty.
         message_bytes_up: What the whole messages weighed over the run, framing and all.
+        conditions: Under which the epsilons hold, may be empty.
     """
 
     rounds: Sequence[int]
@@ -37,6 +39,7 @@ class Curves:
     delta: float
     name: str = ""
     message_bytes_up: int = 0
+    conditions: str = ""
 
 
 def from_records(records: Sequence[RoundRecord], *, delta: float, dense_bytes_up: int, name: str = "") -> Curves:
@@ -68,6 +71,7 @@ def read(run_dir: Path) -> Curves:
         _number(summary.get("privacy", {}).get("delta")),
         summary.get("name") or "",
         sum(int(line.get("message_up") or 0) for line in lines),
+        conditions(summary),
     )
 
 
@@ -88,6 +92,8 @@ def draw(run: Path | Curves, path: Path) -> None:
             accuracy = figure.add_subplot(grid[0, 0])
             _over_rounds(accuracy, figure.add_subplot(grid[1, 0], sharex=accuracy), curves)
             _over_bytes(figure.add_subplot(grid[:, 1]), curves)
+            if curves.conditions:
+                figure.supxlabel(fill(f"epsilon: {curves.conditions}", 135), x=0.01, ha="left", fontsize=6.5, color=style.GREY)
         else:
             figure.text(0.5, 0.5, "no round is complete", ha="center", va="center", color=style.GREY)
         style.write(figure, path)
