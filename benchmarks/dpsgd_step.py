@@ -75,14 +75,17 @@ class Workbench:
         self.x, self.y = torch.randn(batch, *INPUTS[name]), torch.randint(0, 10, (batch,))
         self.batch = batch
 
-    def steps(self, fractions: tuple[float, ...], granularities: tuple[str, ...], engines: tuple[str, ...]) -> dict[Key, Step]:
-        """All systems, the non-private one first."""
+    def steps(
+        self, fractions: tuple[float, ...], granularities: tuple[str, ...], engines: tuple[str, ...], *, alone: bool = False
+    ) -> dict[Key, Step]:
+        """All systems, the non-private one first; `alone`: without Opacus and vmap."""
         found: dict[Key, Step] = {("non-private", 1.0, "element"): self.non_private(), ("floor", 1.0, "element"): self.floor()}
         if any(isinstance(layer, MaxPool) for layer in self.module.modules()):
             found["non-private-turned", 1.0, "element"] = self.non_private(turned=True)
-        for mode in OPACUS:
+        for mode in () if alone else OPACUS:
             found[f"opacus-{mode}", 1.0, "element"] = self.opacus(mode)
-        found["vmap", 1.0, "element"] = self.vmap()
+        if not alone:
+            found["vmap", 1.0, "element"] = self.vmap()
         for engine in engines:
             for granularity in granularities:
                 for fraction in fractions:
@@ -301,6 +304,7 @@ def main() -> None:
     parser.add_argument(
         "--engines", default="", help="of this project: compiled, torch, auto (default: compiled where it builds, and torch)"
     )
+    parser.add_argument("--alone", action="store_true", help="without Opacus and vmap, whose gigabytes cool everybody's caches")
     parser.add_argument("--repeats", type=int, default=0, help="0: by model")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
@@ -323,12 +327,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in models:
         repeats = arguments.repeats or REPEATS[name]
-        times = timed(name, Workbench(name, arguments.batch).steps(fractions, granularities, engines), repeats)
+        times = timed(
+            name, Workbench(name, arguments.batch).steps(fractions, granularities, engines, alone=arguments.alone), repeats
+        )
         gc.collect()
         memory: dict[Key, float | None] = {}
         if arguments.memory_batch:
             bench = Workbench(name, arguments.memory_batch)
-            wanted = bench.steps(fractions, ("element",), engines)
+            wanted = bench.steps(fractions, ("element",), engines, alone=arguments.alone)
             for key in track(list(wanted), f"{name}: memory", console=Console(stderr=True)):
                 memory[key] = peak_mb(wanted.pop(key))
         rows += rows_of(name, times, memory)

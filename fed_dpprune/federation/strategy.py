@@ -37,6 +37,7 @@ from fed_dpprune.federation.supports import Supports, shipped_part
 from fed_dpprune.federation.terms import REPLY_CODES, RoundTerms, config_digest
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.plan import FLOAT32, EpsilonBook, Plan
+from fed_dpprune.privacy import statement
 from fed_dpprune.privacy.policy import REFUSAL_CODES, ClientPolicy
 from fed_dpprune.records import ClientCounts, ClientRecord, RoundRecord
 from fed_dpprune.sparsity.recipe import RoundSupport, group
@@ -176,6 +177,7 @@ class Server:
             Interrupted: `stop` was set.
         """
         self.meet()  # 1. who is there, and how large they say they are
+        self._observer.note(statement.heading(self.plan.delta, self.plan.accountant))
         self._observer.phase("training")
         self._lap()
         for number in range(self.done + 1, self.config.federation.rounds + 1):

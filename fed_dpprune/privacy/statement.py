@@ -50,6 +50,14 @@ def statement(
     return f"{claim}\n{limits}"
 
 
+def heading(delta: float, accountant: str, *, unit: str = "example", adversary: str = ADVERSARY) -> str:
+    """The conditions of all the epsilons that a run shows as it goes, said once before the first."""
+    return (
+        f"epsilon here: so far, largest client, at delta {delta:g} for adding or removing one {unit} of one client "
+        f"({SAMPLER} sampling, {table.version(accountant)}), against {adversary}"
+    )
+
+
 def naive_sum(entries: Sequence[Entry], rounds: int, delta: float, accountant: str, cache: Figures | None = None) -> float:
     """What adding up one round at a time would have said: epsilon of one round, at delta / rounds, times the rounds.
 

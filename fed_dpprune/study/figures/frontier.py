@@ -8,8 +8,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
+from fed_dpprune.records import conditions
 from fed_dpprune.study.figures import style
 
 
@@ -24,6 +26,7 @@ class Arm:
         payload: Uplink payload of one client over the run, bytes, mean over seeds.
         message: The same as whole messages.
         epsilon: The largest of any client.
+        conditions: Under which the epsilon holds, delta included.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Arm:
     payload: float
     message: float
     epsilon: float
+    conditions: str = ""
 
 
 def read(folder: Path) -> list[Arm]:
@@ -52,7 +56,9 @@ def _arm(name: str, rounds: int, runs: Sequence[Mapping[str, Any]]) -> Arm:
         return statistics.fmean(run["bytes"]["uplink"][key] / len(run["privacy"]["nominal_sizes"]) for run in runs)
 
     epsilon = max(float(run["privacy"]["epsilon_max"]) for run in runs)
-    return Arm(name, rounds, [float(run["accuracy"]["last"]) for run in runs], mean("payload"), mean("message"), epsilon)
+    accuracy = [float(run["accuracy"]["last"]) for run in runs]
+    told = f"at delta {runs[0]['privacy'].get('delta')}: {conditions(runs[0])}"
+    return Arm(name, rounds, accuracy, mean("payload"), mean("message"), epsilon, told)
 
 
 def draw(folder: Path, path: Path) -> None:
@@ -99,3 +105,6 @@ def _frontier(axes: Any, arms: Sequence[Arm]) -> None:
     axes.set_title(f"Accuracy against bytes sent, epsilon {epsilon:.2f} for all (mean and range of {seeds} seeds)")
     axes.set(xlabel="bytes that one client sends over the run", ylabel="test accuracy, %")
     axes.legend(loc="lower right")
+    told = "; ".join(sorted({arm.conditions for arm in arms if arm.conditions}))
+    if told:
+        axes.figure.supxlabel(fill(f"epsilon {told}", 125), x=0.01, ha="left", fontsize=6.5, color=style.GREY)
