@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from fed_dpprune.dpsgd import compiled
-from fed_dpprune.dpsgd.clipping import MODES, Clipping
+from fed_dpprune.dpsgd.clipping import GROUP, MODES, MOST_EXAMPLES, Clipping, slack
 from fed_dpprune.dpsgd.gradient import PrivateGradient
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.models.flat import Layout, Tensor
@@ -166,12 +167,25 @@ def test_clipping_refuses_bounds_that_bound_nothing():
         Clipping(1.0, "median")
 
 
-def test_factors_allow_for_the_rounding_of_float32_norms():
-    for mode in MODES:
-        norm = np.array([[4.0, 1e-8]]).T
-        squared = np.square(norm) * (1 - 1.9e-6)  # norms that came out almost a millionth too small
-        factors = Clipping(1.0, mode).factors(squared.T, slack=1e-6)
-        assert (factors * norm.T <= 1.0).all()
+@pytest.mark.parametrize("mode", MODES)
+def test_factors_are_rounded_toward_zero_over_the_whole_range(mode):
+    """Norms log-uniform from the smallest to the largest that float32 gradients can have, checked in exact rationals."""
+    rng = np.random.default_rng(0)
+    norm = 10.0 ** rng.uniform(-45, 60, (1, 2000))
+    for clip_norm in (1e-6, 0.3, 1e6):
+        factors = Clipping(clip_norm, mode).factors(np.square(norm))
+        rooted = np.sqrt(np.square(norm))
+        for f, n in zip(factors[0, :300], rooted[0, :300], strict=True):
+            assert Fraction(float(f)) * Fraction(float(n)) <= Fraction(clip_norm)
+        assert (factors[norm > 1e3 * clip_norm] > 0).all()
+        if mode == "flat":
+            assert (factors[rooted <= clip_norm] == 1).all()
+
+
+def test_the_slack_is_small_and_counts_every_addition():
+    assert slack(10**7, 500) < 1e-4
+    assert slack(10**7, 500) - slack(0, 0) == pytest.approx((10**7 + 1500) * 2.0**-53)
+    assert slack(0, 0) >= 2 * MOST_EXAMPLES * (GROUP + MOST_EXAMPLES // GROUP) * 2.0**-53
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -16,15 +16,33 @@ from fed_dpprune.models.flat import Layout
 
 MODES = ("flat", "per-layer", "automatic")
 STABILITY = 0.01
-# A float32 norm is right to about 3e-7; the factor must never come from a norm below the true one.
-FLOAT32_SLACK = 1e-6
+UNIT = 2.0**-53  # the largest relative error of one float64 operation
+# Examples of one batch for which `slack` holds, and how many of them are added up before their sum joins the total.
+MOST_EXAMPLES, GROUP = 1 << 24, 1 << 12
+
+
+def slack(coordinates: int, tensors: int) -> float:
+    """By how much of itself the clip norm may be passed, counting every rounding from stored gradients to the sum.
+
+    Norm: squares of float32 are exact in float64, a product form rounds three times more per term; adding up m terms of one
+    sign errs by (m - 1) units at most, in any order. Root, division and scaling round once each. Sum: every term carries an
+    error of one unit for each addition it goes through, fewer than GROUP inside a group and MOST_EXAMPLES / GROUP between
+    groups, relative to the sum of all clipped norms, in each of the two sums compared. See docs/privacy.md, "Floating point".
+
+    Args:
+        coordinates: Most live coordinates, k <= d.
+        tensors: Parameter tensors.
+    """
+    norm = coordinates + 3 * tensors + 16
+    total = 2 * MOST_EXAMPLES * (GROUP + MOST_EXAMPLES // GROUP + 8)
+    return (norm + total) * UNIT
 
 
 @dataclass(frozen=True)
 class Clipping:
     """The rule that bounds one example's contribution.
 
-    Every mode declares the same sensitivity, `clip_norm`, so the noise on the sum has std noise_multiplier * clip_norm always.
+    Every mode declares the same sensitivity, so the noise on the sum has std noise_multiplier * sensitivity always.
 
     Attributes:
         clip_norm: C, the L2 bound on what one example adds to the sum, in gradient units, > 0.
@@ -46,19 +64,18 @@ class Clipping:
             raise ValueError(f"clipping mode {self.mode!r} is not one of {MODES}")
 
     def sensitivity(self, layout: Layout) -> float:
-        """L2 distance by which adding or removing one example moves the sum, at most; C in every mode and layout."""
-        return self.clip_norm
+        """L2 distance by which adding or removing one example moves the computed sum, at most: C (1 + slack) in every mode."""
+        return self.clip_norm * (1.0 + slack(layout.d, len(layout.tensors)))
 
-    def factors(self, squared_norms: NDArray[np.float64], slack: float = 0.0) -> NDArray[np.float64]:
+    def factors(self, squared_norms: NDArray[np.float64]) -> NDArray[np.float64]:
         """What to multiply each example's live gradient with, tensor by tensor.
 
         Args:
             squared_norms: Shape (L, n), float64: squared norm of example i on live tensor l.
-            slack: Relative error of the norms; factors are taken for norms that much larger.
 
         Returns:
-            Shape (L, n), float64, finite and >= 0. An example with any squared norm that is not finite gets 0 everywhere: it
-            counts as absent, because an error or a NaN would tell that it was there.
+            Shape (L, n), float64, finite and >= 0, rounded toward zero. An example with any squared norm that is not finite
+            gets 0 everywhere: it counts as absent, because an error or a NaN would tell that it was there.
         """
         total = squared_norms.sum(axis=0)
         usable = np.isfinite(total)  # squares do not cancel: one that is not finite shows in the sum
@@ -66,8 +83,8 @@ class Clipping:
         if self.mode == "per-layer":
             bound, norm = self.clip_norm / math.sqrt(max(1, squared.shape[0])), np.sqrt(squared)
         else:
-            bound, norm = self.clip_norm, np.sqrt(squared.sum(axis=0))
-        norm = norm * (1.0 + slack)
+            bound, norm = self.clip_norm, np.broadcast_to(np.sqrt(squared.sum(axis=0)), squared.shape)
+        inside = norm <= bound if self.mode != "automatic" else np.zeros(squared.shape, dtype=bool)
         divisor = norm + STABILITY if self.mode == "automatic" else np.maximum(norm, bound)
-        factors = bound / divisor  # exactly 1 where the norm is inside the bound
-        return np.where(usable, factors, np.zeros_like(squared))
+        factors = np.where(inside, 1.0, np.nextafter(bound / divisor, 0.0))
+        return np.where(usable & (factors >= np.finfo(np.float64).tiny), factors, 0.0)

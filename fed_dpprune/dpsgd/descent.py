@@ -22,7 +22,7 @@ class Descent:
     """How a clipped sum becomes new weights.
 
     Attributes:
-        noise_scale: Standard deviation of the noise on the sum: noise multiplier times clip norm.
+        noise_scale: Standard deviation of the noise on the sum: noise multiplier times the sensitivity that clipping declares.
         divisor: Public: sample rate times nominal size.
         rate: Learning rate.
         rescale: Factor on what is released (d / k, or 1).
@@ -48,7 +48,7 @@ class Descent:
 
         Args:
             parts: The weights, contiguous float32 vectors that have k values together (those of `PrivateGradient.live_values`).
-            total: The clipped sum, shape (k,), float32 or float64. A sum of no examples gets its noise like any other.
+            total: The clipped sum, shape (k,), float64. A sum of no examples gets its noise like any other.
             source: Gives every value a normal of its own, float64.
             velocity: Shape (k,), moved in place; None without momentum.
 
@@ -58,7 +58,8 @@ class Descent:
         edges = np.cumsum([0, *(part.size for part in parts)])
         if total.shape != (edges[-1],) or (velocity is not None and velocity.shape != total.shape):
             raise ValueError(f"a sum of shape {total.shape} or a velocity does not fit {edges[-1]} live values")
-        kernel = compiled.load() if total.dtype == np.float32 and total.flags.c_contiguous else None
+        total = np.ascontiguousarray(total, dtype=np.float64)
+        kernel = compiled.load()
         stream = source.stream if kernel is not None and isinstance(source, SeededNoise) else None
         noise = source.normal(total.size) if stream is None else np.zeros(0)
         for values, start, stop in zip(parts, edges, edges[1:], strict=False):
@@ -92,7 +93,7 @@ class Descent:
         kernel: compiled.Kernel,
         values: NDArray[np.float32],
         noise: tuple[int | None, ...],
-        total: NDArray[np.float32],
+        total: NDArray[np.float64],
         velocity: NDArray[np.float64] | None,
     ) -> None:
         numbers = np.array([self.noise_scale, self.divisor, self.rescale, self.rate, self.decay, self.momentum])

@@ -2,31 +2,37 @@
 
 The order is fixed here and nowhere else: mask first, then clip per example over all live coordinates, then sum (arXiv 2112.00845,
 Algorithm 1). Noise is added by the caller (`noise.py`), on the k values that come out, so frozen coordinates are never released.
+
+Each example is for itself: whatever the batch, examples go through the module in micro-batches of one shape, filled up with
+zeros, under pinned arithmetic. Nothing that depends on an example changes what is computed for another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fed_dpprune.dpsgd import compiled
-from fed_dpprune.dpsgd.clipping import FLOAT32_SLACK, Clipping
-from fed_dpprune.dpsgd.grad_sample.contribution import Unfit
-from fed_dpprune.dpsgd.layered import LayerEngine
+from fed_dpprune.dpsgd import compiled, selfcheck
+from fed_dpprune.dpsgd.arithmetic import pinned
+from fed_dpprune.dpsgd.clipping import GROUP, Clipping
+from fed_dpprune.dpsgd.grad_sample.contribution import Contribution
+from fed_dpprune.dpsgd.layered import LayerEngine, Pass
 from fed_dpprune.dpsgd.live import LiveTensor, live_tensors
 from fed_dpprune.dpsgd.reference import MEMORY_BYTES, VmapEngine
-from fed_dpprune.dpsgd.selfcheck import agrees
+from fed_dpprune.dpsgd.sums import clipped_sum
 from fed_dpprune.dpsgd.validate import check_module
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.support import Support, dense
 
+# Examples of a micro-batch: products and element-wise operations have no left-over rows at any vector width, and are
+# nearly as fast as those of the whole batch (benchmarks/NOTES.md). No message and no config sets it.
+ROWS = 32
 BACKENDS = ("auto", "reference", "torch", "compiled")
 PRECISIONS = ("float32", "float64", "bfloat16")
 
@@ -43,13 +49,14 @@ class PrivateGradient:
         module: The model. Its parameters are overwritten by `set_weights` and inside `live_values`; nothing else of it changes.
         layout: Names and shapes of its parameters in coordinate order; tensors with `frozen=True` never get a gradient.
         backend: `reference`, `torch`, `compiled`, or `auto` (the fastest that fits the model on this machine).
-        micro_batch: Examples held in memory at once; 0 chooses by memory. The result does not depend on it but for rounding.
+        micro_batch: Examples whose gradients are held until they are added up, in whole micro-batches of ROWS; 0 chooses by
+            memory. It changes no bit of an example's gradient, norm or factor.
         loss: Losses of single examples, (logits, y) -> shape (n,).
         precision: `float32`; `float64` (backend reference) for tests; `bfloat16` runs forward and backward in autocast, norms
             and sums in float32.
 
     Raises:
-        ConfigError: The model mixes examples (names the layer and the fix).
+        ConfigError: The model mixes examples (names the layer and the fix). `prove` and the first sum look deeper.
         ValueError: An unknown backend or precision, or a layout that is not this module's.
     """
 
@@ -76,9 +83,9 @@ class PrivateGradient:
         self._loss = loss
         self._whole = VmapEngine(module, loss, self._dtype)
         self._layers = self._layer_engine(backend, precision)
-        self._checked: set[object] = set()
+        self._rows: dict[object, int] = {}  # by signature of the inputs, once they are proven
+        self._autocast = precision == "bfloat16"
         self._copies: list[NDArray[np.float32] | None] = []  # by live tensor; see `live_values`
-        self._outputs: dict[object, Tensor] = {}
         trainable = [np.arange(s.start, s.stop, dtype=np.int64) for t, s in layout.spans() if not t.frozen]
         everything = dense(layout.d) if len(trainable) == len(layout.tensors) else None
         self._adopt(everything or Support(np.concatenate([np.zeros(0, np.int64), *trainable]), layout.d), None)
@@ -147,10 +154,12 @@ class PrivateGradient:
         self._place = None if wide is support else support.within(wide)
         self._support, self._wide = support, wide
 
-    def clipped_sum(self, x: NDArray[np.float32] | Tensor, y: NDArray[np.int64] | Tensor, clipping: Clipping) -> NDArray[Any]:
+    def clipped_sum(
+        self, x: NDArray[np.float32] | Tensor, y: NDArray[np.int64] | Tensor, clipping: Clipping
+    ) -> NDArray[np.float64]:
         """Sum over examples of the clipped gradient of each on the support.
 
-        Adding or removing one example, of whatever content, moves the result by at most `clipping.clip_norm` in L2.
+        Adding or removing one example, of whatever content, moves the result by at most `clipping.sensitivity(layout)` in L2.
 
         Args:
             x: Examples, shape (n, ...). n = 0 is legal: an empty Poisson batch still gets its noise.
@@ -158,41 +167,127 @@ class PrivateGradient:
             clipping: The bound.
 
         Returns:
-            Shape (k,), ordered as the support's indices; float32, or float64 when the precision is. A sum, not a mean.
+            Shape (k,), float64, ordered as the support's indices. A sum, not a mean.
 
-        An example whose loss or live gradient is not finite adds nothing; it never raises.
+        Raises:
+            ConfigError: The model does not prove itself (first call for a shape of inputs); never for what an example holds: one
+                whose loss or live gradient is not finite, or which the module cannot take, adds nothing.
         """
         inputs, labels = self._to_device(x), self._to_device(y)
+        total = np.zeros(self._wide.k, dtype=np.float64)
         if self._live and len(inputs):
-            self._prove(inputs, labels)
-        size = self.micro_batch or self._micro_batch()
-        slack = 0.0 if self._dtype == torch.float64 else FLOAT32_SLACK
-        starts = range(0, len(inputs) if self._live else 0, size)
-        parts = (self._one_sum(inputs[s : s + size], labels[s : s + size], clipping, slack) for s in starts)
-        if len(starts) == 1:
-            total = next(parts)
-        else:
-            total = np.zeros(self._wide.k, dtype=np.float64)
-            for part in parts:
-                total += part
-        if self._place is not None:
-            total = total[self._place]
-        return total.astype(np.float64 if self._dtype == torch.float64 else np.float32, copy=False)
+            rows = self.prove(inputs, labels)
+            with self._pinned():
+                for part in self._groups(len(inputs), rows):
+                    total += self._group_sum(inputs[part], labels[part], clipping, rows)
+        return total if self._place is None else total[self._place]
+
+    def prove(self, x: Tensor, y: Tensor) -> int:
+        """Once per shape and type of inputs, on made-up examples: the module must be fit, and every route must prove itself.
+
+        The layer rules must agree with plain autograd, which catches what no list of layers can: weights used outside their
+        layer, a dimension order that only looks like examples first. A route must give an example the same bits wherever
+        it stands; one that does not takes examples one at a time, in the same way for all.
+
+        Args:
+            x: Examples, at least one; only their shape and type are looked at.
+            y: Labels, likewise.
+
+        Returns:
+            Rows of the micro-batches.
+
+        Raises:
+            ConfigError: The module mixes examples, keeps something of them, draws random numbers, fails on made-up examples, or
+                gives other bits for the same example.
+        """
+        signature = (x.shape[1:], x.dtype, y.shape[1:], y.dtype)
+        if signature not in self._rows:
+            with self._pinned():
+                self._rows[signature] = self._proven(x[:1], y[:1])
+        return self._rows[signature]
+
+    def _proven(self, x: Tensor, y: Tensor) -> int:
+        if not self._parameters:
+            return ROWS
+        plain_x = x.to(self._parameters[0].dtype) if x.is_floating_point() else x
+        selfcheck.check_forward(self.module, self._loss, plain_x, y, ROWS)
+        for rows in (ROWS, 1):
+            if self._layers is not None and not self._layers_fit(x, y, rows):
+                self._layers = None
+            if self._layers is not None and selfcheck.invariant(self._layers, self.module, self.layout, x, y, rows):
+                return rows
+        self._layers = None
+        try:
+            for rows in (ROWS, 1):
+                if self._dtype == torch.float64 or selfcheck.invariant(self._whole, self.module, self.layout, x, y, rows):
+                    return rows
+        except Exception as error:
+            raise selfcheck.failed(error) from error
+        raise ConfigError("model", "gives other bits for the same example each time", "use deterministic layers")
+
+    def _layers_fit(self, x: Tensor, y: Tensor, rows: int) -> bool:
+        layers = self._layers
+        assert layers is not None
+        autocast, layers.autocast = layers.autocast, False
+        try:
+            return selfcheck.agrees(layers, self.module, self._loss, self.layout, x, y, rows)
+        finally:
+            layers.autocast = autocast
+
+    def open(self, x: Tensor) -> OpenBatch:
+        """Run the module forward on a batch whose losses, hence output gradients, are not known yet; see `OpenBatch`."""
+        return OpenBatch(self, self._to_device(x))
+
+    @contextmanager
+    def _pinned(self) -> Iterator[None]:
+        if self._layers is not None and self._layers.kernel is not None:
+            self._layers.kernel.library.use_threads(torch.get_num_threads())
+        with pinned(self._parameters[0].device if self._parameters else torch.device("cpu")):
+            yield
+
+    def _groups(self, n: int, rows: int) -> Iterator[slice]:
+        """Examples that are held together until they are added up: whole micro-batches, as many as memory takes."""
+        held = self.micro_batch or MEMORY_BYTES // max(1, self._engine.example_bytes(self._live))
+        size = rows * max(1, min(held, GROUP) // rows)
+        return (slice(start, start + size) for start in range(0, n, size))
+
+    @property
+    def _engine(self) -> LayerEngine | VmapEngine:
+        return self._whole if self._layers is None else self._layers
+
+    def _group_sum(self, x: Tensor, y: Tensor, clipping: Clipping, rows: int) -> NDArray[np.float64]:
+        micro = [self._micro_batch(x[s : s + rows], y[s : s + rows], rows) for s in range(0, len(x), rows)]
+        present = np.concatenate([here for _, here in micro])
+        return clipped_sum(self._live, [parts for parts, _ in micro], present, clipping)
+
+    def _micro_batch(self, x: Tensor, y: Tensor, rows: int) -> tuple[list[Contribution], NDArray[np.bool_]]:
+        """Contributions of one micro-batch, and which of its rows count."""
+        present = np.arange(rows) < len(x)
+        x, y = filled_up(x, rows), filled_up(y, rows)
+        try:
+            parts, losses = self._engine.micro_batch(self._live, x, y)
+        except Exception:  # whatever the module does on some example: that one is absent, the others keep their bits
+            present &= self._runs(x, y)
+            absent = torch.from_numpy(~present).to(x.device)
+            x[absent], y[absent] = 0, 0
+            parts, losses = self._engine.micro_batch(self._live, x, y)
+        return parts, present & torch.isfinite(losses.double()).cpu().numpy()
+
+    def _runs(self, x: Tensor, y: Tensor) -> NDArray[np.bool_]:
+        """Which examples the module takes, each by itself in its own place."""
+        found = np.zeros(len(x), dtype=bool)
+        for row in range(len(x)):
+            one_x, one_y = torch.zeros_like(x), torch.zeros_like(y)
+            one_x[row], one_y[row] = x[row], y[row]
+            with suppress(Exception):
+                self._engine.micro_batch(self._live, one_x, one_y)
+                found[row] = True
+        return found
 
     @property
     def live(self) -> tuple[LiveTensor, ...]:
         """The live tensors of the support in use."""
         return self._live
-
-    def proven_layers(self, x: Tensor, module: nn.Module) -> LayerEngine | None:
-        """The layer engine once it has proven itself on inputs like `x`, with labels shaped like outputs; None if it has not."""
-        if self._layers is not None:
-            signature = (x.shape[1:], x.dtype)
-            if signature not in self._outputs:
-                with torch.no_grad():
-                    self._outputs[signature] = module(x[:1]).detach()
-            self._prove(x, self._outputs[signature])
-        return self._layers
 
     @property
     def route(self) -> str:
@@ -211,43 +306,78 @@ class PrivateGradient:
             raise ConfigError("engine.backend", f"no compiled kernel: {reason}", "use engine.backend = auto")
         return LayerEngine(self.module, self._loss, kernel, autocast=precision == "bfloat16")
 
-    def _one_sum(self, x: Tensor, y: Tensor, clipping: Clipping, slack: float) -> NDArray[Any]:
-        total: NDArray[Any]
-        if self._layers is not None:
-            try:
-                total = self._layers.clipped_sum(self._live, x, y, clipping, slack)
-            except Unfit:
-                self._layers = None
-                return self._one_sum(x, y, clipping, slack)
-        else:
-            total = self._whole.clipped_sum(self._live, x, y, clipping, slack)
-        if np.isfinite(total.sum()):
-            return total
-        # Finite gradients whose products left float32's range on the way: once more in float64, a sum is never let out broken.
-        exact = VmapEngine(self.module, self._loss, torch.float64)
-        return np.nan_to_num(exact.clipped_sum(self._live, x, y, clipping, slack), nan=0.0, posinf=0.0, neginf=0.0)
-
-    def _prove(self, x: Tensor, y: Tensor) -> None:
-        """Once per input shape, on made-up examples: the layer rules must agree with plain autograd, or they are not used.
-
-        Catches what no list of layers can: weights used outside their layer, examples that see each other in the model's own
-        code, a dimension order that only looks like examples first.
-        """
-        signature = (x.shape[1:], x.dtype, y.shape[1:], y.dtype)
-        if self._layers is None or signature in self._checked:
-            return
-        self._checked.add(signature)
-        if not agrees(self._layers, self.layout, x, y):
-            self._layers = None
-
-    def _micro_batch(self) -> int:
-        engine = self._layers or self._whole
-        return max(1, MEMORY_BYTES // max(1, engine.example_bytes(self._live)))
-
     def _to_device(self, value: NDArray[np.float32] | NDArray[np.int64] | Tensor) -> Tensor:
-        """A tensor in torch's own aligned memory: matrix libraries may round differently on odd addresses."""
         tensor = value if isinstance(value, Tensor) else torch.tensor(value)
         return tensor.to(self._parameters[0].device) if self._parameters else tensor
+
+
+class OpenBatch:
+    """A forward pass in micro-batches of one shape that waits for the gradient of its outputs.
+
+    For training loops that compute the loss themselves (`privacy_engine.py`).
+
+    Args:
+        owner: Whose module, support and weights are used; both must stand still until `clipped_sum`.
+        x: Examples, shape (n, ...), n >= 1.
+
+    Attributes:
+        outputs: Of the module, shape (n, ...), without a graph.
+    """
+
+    def __init__(self, owner: PrivateGradient, x: Tensor) -> None:
+        self._owner, self._x, self._live = owner, x, owner._live
+        with torch.no_grad():
+            shape = owner.module(filled_up(x[:1], 1)).detach() if len(x) else None
+        like = shape if shape is not None else x
+        self._rows = owner.prove(x, like)
+        self._open: list[tuple[Pass | None, Tensor]] = []
+        with owner._pinned():
+            for start in range(0, len(x), self._rows):
+                self._open.append(self._forward(filled_up(x[start : start + self._rows], self._rows)))
+        self.outputs = torch.cat([output.detach() for _, output in self._open])[: len(x)]
+
+    def _forward(self, x: Tensor) -> tuple[Pass | None, Tensor]:
+        layers = self._owner._layers
+        if layers is None or not self._live:
+            with torch.no_grad():
+                return None, self._owner.module(x)
+        with torch.enable_grad(), Pass(layers, self._live, len(x)) as tapped:
+            return tapped, self._owner.module(x)
+
+    def clipped_sum(self, gradient: Tensor, clipping: Clipping) -> NDArray[np.float64]:
+        """As `PrivateGradient.clipped_sum`, for losses whose gradient in each example's output is given.
+
+        Args:
+            gradient: Shape of `outputs`: row i is the gradient of example i's own loss.
+            clipping: The bound.
+        """
+        owner, rows = self._owner, self._rows
+        if not self._live:
+            return np.zeros(owner._support.k, dtype=np.float64)
+        finite = torch.isfinite(gradient.flatten(1)).all(1).cpu().numpy()
+        parts, present = [], []
+        with owner._pinned():
+            for place, (tapped, output) in enumerate(self._open):
+                here = slice(place * rows, (place + 1) * rows)
+                given = filled_up(gradient[here].nan_to_num(0.0, 0.0, 0.0), rows)
+                if tapped is None:
+                    x = filled_up(self._x[here], rows)
+                    found, _ = owner._whole.micro_batch(self._live, x, given)
+                else:
+                    if output.requires_grad:
+                        torch.autograd.grad(output, tapped.anchor, given.to(output.dtype), allow_unused=True)
+                    found = tapped.contributions()
+                parts.append(found)
+                present.append(np.pad(finite[here], (0, rows - len(finite[here]))))
+            total = clipped_sum(self._live, parts, np.concatenate(present), clipping)
+        return total if owner._place is None else total[owner._place]
+
+
+def filled_up(value: Tensor, rows: int) -> Tensor:
+    """The first rows of a fresh tensor of (rows, ...), zeros below; in torch's own aligned memory."""
+    made = value.new_zeros(rows, *value.shape[1:])
+    made[: len(value)] = value
+    return made
 
 
 def _plain(parameter: nn.Parameter) -> bool:

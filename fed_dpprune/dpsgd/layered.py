@@ -1,4 +1,4 @@
-"""Clipped sums by layer rules: one forward, one backward that stops at the layers' outputs, no weight gradient of the batch.
+"""Per-example gradients by layer rules: one forward, one backward that stops at the layers' outputs, no gradient of the batch.
 
 While the pass runs no parameter asks for a gradient, so autograd has none to compute; a tap behind each live layer hands the
 gradient of its output to the layer's rule as soon as the backward pass gets there. Layers before the first live
@@ -7,21 +7,17 @@ one keep no graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fed_dpprune.dpsgd.allocator import keep_freed_memory
-from fed_dpprune.dpsgd.clipping import Clipping
 from fed_dpprune.dpsgd.compiled import Kernel
 from fed_dpprune.dpsgd.grad_sample import fallback
-from fed_dpprune.dpsgd.grad_sample.contribution import PADDING, Call, Contribution, Rule, Shared, Unfit
+from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Rule, Shared, Unfit
 from fed_dpprune.dpsgd.grad_sample.table import rule_for
 from fed_dpprune.dpsgd.live import LiveTensor
 from fed_dpprune.dpsgd.reference import Loss
@@ -49,7 +45,7 @@ class Site:
 
 
 class LayerEngine:
-    """Clipped sums of one module through the rules of `grad_sample/`.
+    """Per-example gradients of one module through the rules of `grad_sample/`.
 
     Args:
         module: The model; parameters are read at every call.
@@ -70,30 +66,22 @@ class LayerEngine:
                 self._owners.setdefault(names[id(parameter)], []).append((layer, own))
 
     def example_bytes(self, live: tuple[LiveTensor, ...]) -> int:
-        """Memory that one example's contributions hold until the sum, to choose a micro-batch."""
+        """Memory that one example's contributions hold until the sum, as far as `learn` knows."""
         return 4 * sum(t.count for t in live if self._held.get(t.name, True))
 
-    def clipped_sum(
-        self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor, clipping: Clipping, slack: float
-    ) -> NDArray[np.float32]:
-        """Mask, clip, sum over one micro-batch; shape (k,), float32.
+    def learn(self, live: tuple[LiveTensor, ...], contributions: list[Contribution]) -> None:
+        """Remember of which tensors the gradients are kept until the sum. Asked once, so that it is the same in every process."""
+        self._held = {tensor.name: part.held > 0 for tensor, part in zip(live, contributions, strict=True)}
+
+    def micro_batch(self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor) -> tuple[list[Contribution], Tensor]:
+        """Per-example gradients of one micro-batch of n examples.
+
+        Returns:
+            One contribution per live tensor, and the losses, shape (n,).
 
         Raises:
             Unfit: A layer is used in a way that no rule does exactly.
         """
-        while len(x):
-            contributions, losses = self._contributions(live, x, y)
-            squared = torch.stack([part.squared for part in contributions]).cpu().numpy()
-            usable = np.isfinite(squared.sum(axis=0)) & np.isfinite(losses.double().cpu().numpy())
-            if usable.all():
-                weights = torch.from_numpy(clipping.factors(squared, slack).astype(np.float32)).to(x.device)
-                return weighted_sums(live, contributions, weights).cpu().numpy()
-            # Absent examples leave the batch: scaled by zero, their infinities would still poison the sum.
-            kept = torch.from_numpy(usable)
-            x, y = x[kept.to(x.device)], y[kept.to(y.device)]
-        return np.zeros(live[-1].stop, dtype=np.float32)
-
-    def _contributions(self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor) -> tuple[list[Contribution], Tensor]:
         with torch.enable_grad(), Pass(self, live, len(x)) as tapped:
             losses = self._losses(x, y)
             if losses.shape != (len(x),):
@@ -117,10 +105,6 @@ class LayerEngine:
                 site.live[own] = tensor
         return list(sites.values())
 
-    def note(self, name: str, part: Contribution) -> None:
-        """Remember whether a tensor's gradients are kept until the sum, for the choice of a micro-batch."""
-        self._held[name] = part.held > 0
-
 
 class Pass:
     """One forward and one backward. Taps are in place inside the `with`, which holds the forward; the backward may come later.
@@ -138,15 +122,13 @@ class Pass:
         self._engine, self._live, self._n = engine, live, n
         self._sites = engine.sites(live)
         self._taken: list[Callable[[], None]] = []  # what takes the hooks off
-        if engine.kernel is not None:
-            engine.kernel.library.use_threads(torch.get_num_threads())
 
     def __enter__(self) -> Pass:
         parameters = self._engine.parameters
         self._asked = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in self._asked:
             parameter.requires_grad = False
-        self.anchor = torch.zeros((), requires_grad=True, device=parameters[0].device)
+        self.anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device=parameters[0].device)
         for site in self._sites:
             hook = _Hook(site, self.anchor, self._n, self._engine.kernel)
             if site.rule is fallback.contributions:
@@ -171,20 +153,8 @@ class Pass:
             if site.open or not site.found:
                 raise Unfit(f"{type(site.layer).__name__} was not run, or its output does not reach the loss")
             for own, part in site.found.items():
-                name = site.live[own].name
-                parts[name].append(part)
-                self._engine.note(name, part)
+                parts[site.live[own].name].append(part)
         return [found[0] if len(found) == 1 else Shared(found) for found in parts.values()]
-
-
-def weighted_sums(live: tuple[LiveTensor, ...], contributions: Sequence[Contribution], factors: Tensor) -> Tensor:
-    """Each tensor's sum over examples of factor times gradient: factors (L, n) -> (k,), float32."""
-    out = torch.empty(live[-1].stop, device=factors.device)
-    padded = nn.functional.pad(factors, (0, -factors.shape[1] % PADDING))
-    with _exact_products(factors.device):
-        for tensor, part, factor in zip(live, contributions, padded, strict=True):
-            part.weighted_sum(factor, out[tensor.start : tensor.stop])
-    return out
 
 
 class _Hook:
@@ -220,7 +190,7 @@ class _Hook:
             self.site.open -= 1
             if not self.site.open:
                 self._busy = True
-                with _exact_products(gradient.device), torch.no_grad():
+                with torch.no_grad():
                     self.site.found = self.site.rule(layer, self.site.live, self.site.calls, self.kernel)
                 self.site.calls.clear()
                 self._busy = False
@@ -243,18 +213,3 @@ class _Tap(torch.autograd.Function):
         arrive, ctx.arrive = ctx.arrive, None  # lets go of the layer's input now, not when the whole graph goes
         arrive(gradient)
         return gradient if ctx.needs_input_grad[0] else None, None, None
-
-
-def _exact_products(device: torch.device) -> AbstractContextManager[None]:
-    """On CUDA, no TF32 in norms and sums: ten bits of mantissa are nothing to clip by."""
-    return _without_tf32() if device.type == "cuda" else nullcontext()
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

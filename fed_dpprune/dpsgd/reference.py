@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fed_dpprune.dpsgd.clipping import Clipping
+from fed_dpprune.dpsgd.grad_sample.contribution import Contribution, Values
 from fed_dpprune.dpsgd.live import LiveTensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -21,7 +20,7 @@ MEMORY_BYTES = 256 * 2**20
 
 
 class VmapEngine:
-    """Clipped sums through torch.func over the whole module.
+    """Per-example gradients through torch.func over the whole module.
 
     Args:
         module: The model; its parameters and buffers are read at every call.
@@ -57,19 +56,10 @@ class VmapEngine:
         place = {t.name: torch.from_numpy(np.array(t.positions)).to(x.device) for t in live}
         return [grads[t.name].flatten(1).index_select(1, place[t.name]) for t in live], losses
 
-    def clipped_sum(
-        self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor, clipping: Clipping, slack: float
-    ) -> NDArray[np.float64]:
-        """Mask, clip, sum over one micro-batch; shape (k,), float64."""
+    def micro_batch(self, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor) -> tuple[list[Contribution], Tensor]:
+        """Per-example gradients of one micro-batch: one contribution per live tensor, and the losses, shape (n,)."""
         grads, losses = self.live_gradients(live, x, y)
-        squared = torch.stack([g.square().sum(1).double() for g in grads])
-        squared = torch.where(torch.isfinite(losses), squared, torch.inf)
-        factors = torch.from_numpy(clipping.factors(squared.cpu().numpy(), slack)).to(x.device, self.dtype)
-        parts = []
-        for g, f in zip(grads, factors, strict=True):
-            kept = torch.where(f.unsqueeze(1) > 0, g, 0)  # zero times NaN is NaN, so absent examples are cut out, not scaled
-            parts.append(f @ kept)
-        return torch.cat(parts).double().cpu().numpy()
+        return [Values(g) for g in grads], losses
 
     def _over_examples(
         self, gradient: Callable[..., Any], wanted: dict[str, Tensor], x: Tensor, y: Tensor

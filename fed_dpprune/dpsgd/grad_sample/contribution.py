@@ -13,6 +13,7 @@ from fed_dpprune.dpsgd.compiled import Kernel
 from fed_dpprune.dpsgd.live import LiveTensor
 
 PADDING = 16  # the most lanes the kernel has
+COLUMNS = 1 << 16  # coordinates that are widened to float64 at once
 
 
 class Unfit(Exception):
@@ -46,11 +47,22 @@ def _widen(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
+def address(tensor: Tensor, dtype: torch.dtype) -> int:
+    """Where a tensor lies, for the kernel, which believes what it is told.
+
+    Raises:
+        TypeError: It is of another type, lies elsewhere than in main memory or is not in one piece.
+    """
+    if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        raise TypeError(f"the kernel needs contiguous {dtype} in main memory, not {tensor.dtype} on {tensor.device}")
+    return tensor.data_ptr()
+
+
 class Contribution(ABC):
     """Per-example gradients of one tensor on its m live positions, in whatever form is cheapest.
 
     Attributes:
-        squared: Squared norms, shape (n,), float64.
+        squared: Squared norms, shape (n,), float64, of the very numbers that `weighted_sum` adds up.
         held: Bytes kept per example until the sum, beyond what the layer's input and output gradient take.
     """
 
@@ -59,30 +71,63 @@ class Contribution(ABC):
 
     @abstractmethod
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
-        """Write the sum over examples of factor times gradient into `out`, shape (m,), contiguous.
+        """Write the sum over examples of factor times gradient into `out`, shape (m,), float64, contiguous.
 
-        `factors` has n entries and zeros after them up to a multiple of PADDING, which the kernel reads.
+        `factors` has n float64 entries and zeros after them up to a multiple of PADDING, which the kernel reads. An example
+        of factor 0 is left out, not multiplied: it may hold infinities.
         """
 
     @abstractmethod
     def values(self) -> Tensor:
         """The gradients themselves, shape (n, m); for tensors that several layers share."""
 
+    def bits(self) -> list[Tensor]:
+        """What norms and sums are made from, examples in front: equal bits here give equal contributions."""
+        return [self.values()]
+
+    def joined(self, others: Sequence[Contribution]) -> Contribution:
+        """This and those of further micro-batches as one, in their order."""
+        return Parts([self, *others]) if others else self
+
 
 class Values(Contribution):
     """Gradients kept as a matrix of shape (n, m)."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values, self.held = values, 4 * values.shape[1]
-        self.squared = values.square().double().sum(1)
+        self._values, self.held = values, values.element_size() * values.shape[1]
+        squares = (part.to(torch.float64, copy=True).square_().sum(1) for part in values.split(COLUMNS, 1))
+        self.squared = sum(squares, torch.zeros(len(values), dtype=torch.float64, device=values.device))
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        torch.mv(self._values.T, factors[: len(self._values)], out=out)
+        factors = factors[: len(self._values)]
+        absent = (factors == 0).unsqueeze(1)
+        for part, place in zip(self._values.split(COLUMNS, 1), out.split(COLUMNS), strict=True):
+            torch.mv(part.to(torch.float64, copy=True).masked_fill_(absent, 0.0).T, factors, out=place)
 
     def values(self) -> Tensor:
         """See Contribution."""
         return self._values
+
+
+class Parts(Contribution):
+    """Several micro-batches, one after the other."""
+
+    def __init__(self, parts: Sequence[Contribution]) -> None:
+        self._parts, self.held = parts, parts[0].held
+        self.squared = torch.cat([part.squared for part in parts])
+
+    def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
+        """See Contribution."""
+        out.zero_()
+        one = torch.empty_like(out)
+        for part, own in zip(self._parts, factors[: len(self.squared)].split([len(p.squared) for p in self._parts]), strict=True):
+            part.weighted_sum(nn.functional.pad(own, (0, -len(own) % PADDING)), one)
+            out += one
+
+    def values(self) -> Tensor:
+        """See Contribution."""
+        return torch.cat([part.values() for part in self._parts])
 
 
 class Blocks(Contribution):
@@ -92,13 +137,15 @@ class Blocks(Contribution):
         self._kernel, self._n, self._blocks, self.held = kernel, n, blocks, 4 * blocks.shape[1]
         if squared is None:
             squared = torch.empty(blocks.shape[0] * kernel.lanes, dtype=torch.float64)
-            kernel.library.squared_values(blocks.shape[0], blocks.shape[1], blocks.data_ptr(), squared.data_ptr())
+            addresses = address(blocks, torch.float32), address(squared, torch.float64)
+            kernel.library.squared_values(blocks.shape[0], blocks.shape[1], *addresses)
         self.squared = squared[:n]
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
         groups, live, _ = self._blocks.shape
-        self._kernel.library.weighted_values(groups, live, self._blocks.data_ptr(), factors.data_ptr(), out.data_ptr())
+        addresses = address(self._blocks, torch.float32), address(factors, torch.float64), address(out, torch.float64)
+        self._kernel.library.weighted_values(groups, live, *addresses)
 
     def values(self) -> Tensor:
         """See Contribution."""

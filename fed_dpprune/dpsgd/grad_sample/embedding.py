@@ -18,14 +18,20 @@ class Rows(Contribution):
 
     def __init__(self, rows: Tensor, example: Tensor, word: Tensor, n: int, words: int, live: LiveTensor) -> None:
         self._rows, self._example, self._word, self._n, self._words, self._live = rows, example, word, n, words, live
-        per_row = rows.square().double().sum(1)
+        per_row = rows.to(torch.float64, copy=True).square_().sum(1)
         self.squared = torch.zeros(n, dtype=torch.float64, device=rows.device).index_add_(0, example, per_row)
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        total = self._rows.new_zeros(self._words, self._rows.shape[1])
-        total.index_add_(0, self._word, self._rows * factors[self._example].unsqueeze(1))
+        total = out.new_zeros(self._words, self._rows.shape[1])
+        factor = factors[self._example].unsqueeze(1)
+        total.index_add_(0, self._word, self._rows.to(torch.float64, copy=True).mul_(factor).masked_fill_(factor == 0, 0.0))
         torch.index_select(total.flatten(), 0, on_device(self._live, total.device), out=out)
+
+    def bits(self) -> list[Tensor]:
+        """See Contribution: each example's rows added up, in the order of its words."""
+        total = self.squared.new_zeros(self._n, self._rows.shape[1])
+        return [total.index_add_(0, self._example, self._rows.double()), self.squared]
 
     def values(self) -> Tensor:
         """See Contribution."""

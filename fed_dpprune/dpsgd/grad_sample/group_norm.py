@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpprune.dpsgd.compiled import Kernel
-from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Values, pick
+from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Values, address, pick
 from fed_dpprune.dpsgd.live import LiveTensor
 
 
@@ -33,8 +33,8 @@ def _torch(norm: nn.GroupNorm, call: Call) -> tuple[Tensor, Tensor]:
 def _compiled(norm: nn.GroupNorm, call: Call, kernel: Kernel) -> tuple[Tensor, Tensor]:
     x, g = call.x.contiguous(), call.g.contiguous()
     n, channels = x.shape[:2]
-    weight, bias = torch.empty(n, channels), torch.empty(n, channels)
+    weight, bias = (torch.empty(n, channels, dtype=torch.float32) for _ in range(2))
     kernel.library.group_norm_values(
-        n, channels, norm.num_groups, x[0, 0].numel(), norm.eps, x.data_ptr(), g.data_ptr(), weight.data_ptr(), bias.data_ptr()
+        n, channels, norm.num_groups, x[0, 0].numel(), norm.eps, *(address(t, torch.float32) for t in (x, g, weight, bias))
     )
     return weight, bias

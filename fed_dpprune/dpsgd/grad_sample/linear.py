@@ -1,13 +1,16 @@
 """Linear: with one position per example the weight's gradient is an outer product, and its norm on any mask needs no gradient.
 
-Squared norm of example i on mask M: sum over (o, k) of M[o, k] g[i, o]^2 a[i, k]^2. With several positions (sequences, modules
-called twice) that formula drops cross terms; there the gradients on the live weights are formed.
+Squared norm of example i on mask M: sum over (o, k) of M[o, k] g[i, o]^2 a[i, k]^2, in float64, whose range holds fourth powers
+of float32. With several positions (sequences, modules called twice) that formula drops cross terms; there the gradients on the
+live weights are formed.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -15,13 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpprune.dpsgd.compiled import Kernel
-from fed_dpprune.dpsgd.grad_sample.contribution import PADDING, Call, Contribution, Unfit, Values, on_device, pick
+from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Unfit, Values, address, on_device, pick
 from fed_dpprune.dpsgd.grad_sample.sampled import Window, sliding
 from fed_dpprune.dpsgd.live import LiveTensor
 
 CHUNK_BYTES = 32 * 2**20
-# Squares of float32 lose what is below 1e-23. Within this bound that is far below any clip norm; beyond, examples are scaled.
-PLAIN_RANGE = 1e6
 # Sampled products take this much of the time of the two dense products and the gathering that any mask needs.
 DENSE_FROM = 0.65
 # Torch's products with compressed rows: the density up to which they beat the dense ones (measured on CPU, with MKL).
@@ -80,7 +81,7 @@ def _several(a: Tensor, g: Tensor, live: LiveTensor, kernel: Kernel | None) -> C
 
 
 class _OnePosition(Contribution):
-    """Holds input a (n, in) and output gradient g (n, out)."""
+    """Holds input a (n, in) and output gradient g (n, out): each gradient is one product, exact in float64."""
 
     def __init__(self, a: Tensor, g: Tensor, live: LiveTensor) -> None:
         self.a, self.g, self.live = a, g, live
@@ -89,6 +90,30 @@ class _OnePosition(Contribution):
         """See Contribution."""
         positions = on_device(self.live, self.a.device)
         return self.g.index_select(1, positions // self.live.columns) * self.a.index_select(1, positions % self.live.columns)
+
+    def bits(self) -> list[Tensor]:
+        """See Contribution."""
+        return [self.a, self.g]
+
+    def joined(self, others: Sequence[Contribution]) -> Contribution:
+        """See Contribution."""
+        if not others:
+            return self
+        parts = [self, *cast(Sequence[_OnePosition], others)]
+        made = copy.copy(self)
+        made.a, made.g = torch.cat([part.a for part in parts]), torch.cat([part.g for part in parts])
+        made._join_squares(parts)
+        return made
+
+    def _join_squares(self, parts: Sequence[Contribution]) -> None:
+        self.squared = torch.cat([part.squared for part in parts])
+
+    def _scaled(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Factor times g, and a, in float64; rows of absent examples are 0."""
+        factors = factors[: len(self.g)].unsqueeze(1)
+        absent = factors == 0
+        g, a = self.g.to(torch.float64, copy=True), self.a.to(torch.float64, copy=True)
+        return g.mul_(factors).masked_fill_(absent, 0.0), a.masked_fill_(absent, 0.0)
 
 
 class Outer(_OnePosition):
@@ -104,7 +129,8 @@ class Outer(_OnePosition):
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        torch.mm((self.g * factors[: len(self.g)].unsqueeze(1)).T, self.a, out=out.view(self.g.shape[1], self.a.shape[1]))
+        g, a = self._scaled(factors)
+        torch.mm(g.T, a, out=out.view(g.shape[1], a.shape[1]))
 
     def values(self) -> Tensor:
         """See Contribution."""
@@ -116,9 +142,9 @@ class Masked(_OnePosition):
 
     def __init__(self, a: Tensor, g: Tensor, live: LiveTensor) -> None:
         super().__init__(a, g, live)
-        a_scale, g_scale = (torch.ones(len(a), 1),) * 2 if a.is_cpu and _plain(a, g) else (_scale(a), _scale(g))
-        per_feature = self._over_outputs((g / g_scale).square()) * (a / a_scale).square()
-        self.squared = per_feature.double().sum(1) * (a_scale.double() * g_scale.double()).square().squeeze(1)
+        per_feature = self._over_outputs(_finite(g).square_())
+        self.squared = per_feature.mul_(_finite(a).square_()).sum(1)
+        self.squared.masked_fill_(~(a.isfinite().all(1) & g.isfinite().all(1)), torch.inf)
 
     def _over_outputs(self, squares: Tensor) -> Tensor:
         """For each input, the sum of `squares` (n, out) over the outputs that it has a live weight to; shape (n, in)."""
@@ -126,8 +152,8 @@ class Masked(_OnePosition):
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        whole = (self.g * factors[: len(self.g)].unsqueeze(1)).T @ self.a
-        torch.index_select(whole.flatten(), 0, on_device(self.live, self.a.device), out=out)
+        g, a = self._scaled(factors)
+        torch.index_select((g.T @ a).flatten(), 0, on_device(self.live, a.device), out=out)
 
 
 class Compressed(Masked):
@@ -138,8 +164,8 @@ class Compressed(Masked):
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
-        scaled = (self.g * factors[: len(self.g)].unsqueeze(1)).T
-        out.copy_(torch.sparse.sampled_addmm(_compressed(self.live), scaled, self.a, beta=0.0).values())
+        g, a = self._scaled(factors)
+        out.copy_(torch.sparse.sampled_addmm(_compressed(self.live), g.T, a, beta=0.0).values())
 
 
 class Sampled(_OnePosition):
@@ -148,53 +174,41 @@ class Sampled(_OnePosition):
     def __init__(self, a: Tensor, g: Tensor, live: LiveTensor, kernel: Kernel) -> None:
         super().__init__(a.contiguous(), g.contiguous(), live)
         self._kernel = kernel
-        self._turned = self._scratch(a)
+
+    @cached_property
+    def squared(self) -> Tensor:  # type: ignore[override]  # taken when all micro-batches are joined: the kernel likes many
+        """See Contribution."""
+        a, g = self.a, self.g
+        self._turned, turned_g = self._scratch(a, torch.float32), self._scratch(g, torch.float32)
         squared = torch.empty(self._turned.shape[1], dtype=torch.float64)
-        self.squared = squared[: len(a)]
-        if self._norms(self._turned, None, None, squared):  # beyond the plain range
-            a_scale, g_scale = _scale(a).flatten(), _scale(g).flatten()
-            self._norms(self._scratch(a), _padded(1 / a_scale), _padded(1 / g_scale), squared)
-            self.squared = self.squared * (a_scale.double() * g_scale.double()).square()
+        into = self._turned.data_ptr(), turned_g.data_ptr(), squared.data_ptr()
+        operands = address(a, torch.float32), a.shape[1], address(g, torch.float32), g.shape[1]
+        self._kernel.library.linear_squared(len(a), a.shape[1], g.shape[1], *operands, *self.live.row_addresses, *into)
+        return squared[: len(a)]
+
+    def _join_squares(self, parts: Sequence[Contribution]) -> None:
+        self.__dict__.pop("squared", None)
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
-        """See Contribution."""
-        n, rows = self.g.shape
-        turned_g = self._scratch(self.g)
-        scaled = self.g.data_ptr(), self.g.stride(0), factors.data_ptr()
-        into = turned_g.data_ptr(), out.data_ptr()
-        self._kernel.library.linear_sum(n, rows, self._turned.data_ptr(), *scaled, *self.live.row_addresses, *into)
+        """See Contribution; `squared` comes first, and this once."""
+        (n, inputs), rows, g = self.a.shape, self.g.shape[1], self.g
+        turned = self._turned.data_ptr(), address(g, torch.float32), rows, address(factors, torch.float64)
+        scratch = self._scratch(g, torch.float64)
+        into = scratch.data_ptr(), address(out, torch.float64)
+        self._kernel.library.linear_sum(n, inputs, rows, *turned, *self.live.row_addresses, *into)
 
-    def _norms(self, turned_a: Tensor, a_scale: Tensor | None, g_scale: Tensor | None, squared: Tensor) -> bool:
-        """Squared norms of the scaled operands; True when they cannot be taken without scales."""
-        a, g, turned_g = self.a, self.g, self._scratch(self.g)
-        scales = [None if scale is None else scale.data_ptr() for scale in (a_scale, g_scale)]
-        operands = a.data_ptr(), a.stride(0), scales[0], g.data_ptr(), g.stride(0), scales[1]
-        into = turned_a.data_ptr(), turned_g.data_ptr(), squared.data_ptr()
-        run = self._kernel.library.linear_squared
-        return bool(run(len(a), a.shape[1], g.shape[1], *operands, PLAIN_RANGE, *self.live.row_addresses, *into))
-
-    def _scratch(self, source: Tensor) -> Tensor:
+    def _scratch(self, source: Tensor, dtype: torch.dtype) -> Tensor:
         """Room for (features, n padded)."""
-        return torch.empty(source.shape[1], -(-len(source) // self._kernel.lanes) * self._kernel.lanes)
+        return torch.empty(source.shape[1], -(-len(source) // self._kernel.lanes) * self._kernel.lanes, dtype=dtype)
 
 
 def _squared_norm(value: Tensor) -> Tensor:
-    return value.double().square_().sum(1)
+    return value.to(torch.float64, copy=True).square_().sum(1)
 
 
-def _plain(a: Tensor, g: Tensor) -> bool:
-    """Whether products of squares can be taken as they are."""
-    return bool(max(a.abs().max(), g.abs().max()) <= PLAIN_RANGE)
-
-
-def _padded(values: Tensor) -> Tensor:
-    return nn.functional.pad(values, (0, -len(values) % PADDING))
-
-
-def _scale(value: Tensor) -> Tensor:
-    """The largest magnitude of each example (1 where all is zero), shape (n, 1)."""
-    largest = value.abs().amax(1, keepdim=True)
-    return torch.where(largest == 0, torch.ones_like(largest), largest)
+def _finite(value: Tensor) -> Tensor:
+    """In float64, with 0 where it is not finite: a product over the batch must not carry it to other examples."""
+    return value.to(torch.float64, copy=True).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _rows_and_columns(live: LiveTensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -219,7 +233,7 @@ def _compressed(live: LiveTensor, transposed: bool = False) -> Tensor:
         starts = torch.tensor(np.searchsorted(row, np.arange(outputs + 1)))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse .* beta state", category=UserWarning)
-            parts = starts, torch.tensor(column), torch.ones(live.count)
+            parts = starts, torch.tensor(column), torch.ones(live.count, dtype=torch.float64)
             live.cache[key] = torch.sparse_csr_tensor(*parts, (outputs, inputs), check_invariants=True)  # or torch warns
     found: Tensor = live.cache[key]
     return found

@@ -50,11 +50,13 @@ def sliding(
         MemoryError: The scratch of a thread could not be had.
     """
     asked = _asked(weight, bias, g.shape[1])
+    if x.dtype != torch.float32 or g.dtype != torch.float32:
+        raise TypeError(f"the kernel needs float32, not {x.dtype} and {g.dtype}")
     n, groups, lanes = len(g), -(-len(g) // kernel.lanes), kernel.lanes
     pairs = (*window.kernel, *window.stride, *window.padding, *window.dilation)
     geometry = _Geometry(*x.shape, *g.shape[1:], *pairs, window.groups, *x.stride(), *g.stride(), TILE_BYTES, CHANNEL_BYTES)
-    values = torch.empty(groups, asked.count, lanes)
-    sums = torch.empty(groups, bias.count, lanes) if bias else None
+    values = torch.empty(groups, asked.count, lanes, dtype=torch.float32)
+    sums = torch.empty(groups, bias.count, lanes, dtype=torch.float32) if bias else None
     squared = torch.empty(2, groups * lanes, dtype=torch.float64)
     starts, columns, wanted = asked.addresses
     into = values.data_ptr(), sums.data_ptr() if sums is not None else None

@@ -252,7 +252,7 @@ struct Numbers {
 // velocity = momentum * velocity + mean + decay * value, then value -= rate * velocity. Every value gets noise of its own.
 //   state, table  where the noise is drawn from; or null, with `noise` drawn already, one for each value
 //   velocity      null: there is no momentum, velocity = mean + decay * value
-void noised_descent(uint64_t *state, const uint64_t *table, const double *noise, int64_t count, const float *sum,
+void noised_descent(uint64_t *state, const uint64_t *table, const double *noise, int64_t count, const double *sum,
                     const double *numbers, double *velocity, float *value) {
     Numbers n;
     std::memcpy(&n, numbers, sizeof(n));
@@ -261,19 +261,19 @@ void noised_descent(uint64_t *state, const uint64_t *table, const double *noise,
         const int64_t size = count - start < CHUNK ? count - start : CHUNK;
         if (!noise) draw(*reinterpret_cast<State *>(state), *reinterpret_cast<const Table *>(table), size, drawn);
         const double *z = noise ? noise + start : drawn;
-        const float *total = sum + start;
+        const double *total = sum + start;
         float *weight = value + start;
         if (velocity) {
             double *v = velocity + start;
             for (int64_t i = 0; i < size; i++) {
-                const double mean = (static_cast<double>(total[i]) + n.scale * z[i]) / n.divisor * n.rescale;
+                const double mean = (total[i] + n.scale * z[i]) / n.divisor * n.rescale;
                 const double now = static_cast<double>(weight[i]);
                 v[i] = n.momentum * v[i] + mean + n.decay * now;
                 weight[i] = static_cast<float>(now - n.rate * v[i]);
             }
         } else {
             for (int64_t i = 0; i < size; i++) {
-                const double mean = (static_cast<double>(total[i]) + n.scale * z[i]) / n.divisor * n.rescale;
+                const double mean = (total[i] + n.scale * z[i]) / n.divisor * n.rescale;
                 const double now = static_cast<double>(weight[i]);
                 weight[i] = static_cast<float>(now - n.rate * (mean + n.decay * now));
             }

@@ -2,12 +2,17 @@
 // vector instruction works on LANES examples at one position and no sum across a vector is ever needed inside a layer.
 //
 // Every loop over threads writes to places of its own, and each value is summed in an order that does not depend on the
-// number of threads: results are bit-identical for any number of them.
+// number of threads: results are bit-identical for any number of them. No lane looks at another: what is computed for an
+// example does not depend on its place or its neighbours. Squares, norms and sums over examples are in float64, where
+// squares of float32 are exact and products of four of them stay in range; only the gradients of a sliding product are float32,
+// and their norms and sums read the same stored numbers.
 
 #include <algorithm>
+#include <cfenv>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -19,10 +24,20 @@
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float loose __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t bits __attribute__((vector_size(LANES * 4), may_alias));
+// Half the lanes in float64: HALVES of them are as many lanes as one vec.
+constexpr int HALF = LANES / 2, HALVES = 2;
+typedef double half __attribute__((vector_size(HALF * 8)));
+typedef double loose_half __attribute__((vector_size(HALF * 8), aligned(8)));
+typedef float narrow __attribute__((vector_size(HALF * 4), aligned(4), may_alias));
 
 namespace {
 
 inline vec load(const float *p) { return *reinterpret_cast<const loose *>(p); }
+
+inline half widen(const float *p) { return __builtin_convertvector(*reinterpret_cast<const narrow *>(p), half); }
+inline half load(const double *p) { return *reinterpret_cast<const loose_half *>(p); }
+inline void store(double *p, half v) { *reinterpret_cast<loose_half *>(p) = v; }
 
 inline float across(vec v) {
 #if defined(__AVX512F__)
@@ -34,9 +49,33 @@ inline float across(vec v) {
 #endif
 }
 
-inline void add_squares(double *total, vec v) {
-    for (int i = 0; i < LANES; i++) total[i] += static_cast<double>(v[i]);
+inline double across(half v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_pd(v);
+#else
+    double total = 0;
+    for (int i = 0; i < HALF; i++) total += v[i];
+    return total;
+#endif
 }
+
+struct Squares {  // float64 sums of squares, one a lane
+    half total[HALVES] = {};
+    void add(vec v) {
+        alignas(64) float lane[LANES];
+        *reinterpret_cast<vec *>(lane) = v;
+        for (int h = 0; h < HALVES; h++) {
+            const half x = widen(lane + h * HALF);
+            total[h] += x * x;
+        }
+    }
+    void write(double *out) const {
+        for (int h = 0; h < HALVES; h++) store(out + h * HALF, total[h]);
+    }
+};
+
+// Rounding to nearest, denormals kept: a library loaded by somebody else may have set this thread otherwise.
+inline void pin() { std::fesetenv(FE_DFL_ENV); }
 
 struct Buffer {  // one thread's scratch, aligned for vectors, kept between calls
     void *memory = nullptr;
@@ -287,6 +326,7 @@ int conv_values(const int64_t *numbers, const float *a, const float *b, const in
     int failed = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(| : failed)
     for (int64_t g = 0; g < example_groups; g++) {
+        pin();
         vec *a_tile = scratch.take(a_count * a_plane + b_count * (b_plane + 1));
         if (!a_tile) {
             failed = 1;
@@ -296,7 +336,7 @@ int conv_values(const int64_t *numbers, const float *a, const float *b, const in
         std::fill(sums, sums + b_count, vec{});
         const int valid = static_cast<int>(std::min<int64_t>(LANES, s.n - g * LANES));
         vec *out = reinterpret_cast<vec *>(values) + g * live;
-        double total[LANES] = {};
+        Squares total, bias_total;
         for (int64_t first = 0; first < s.ho; first += rows) {
             const int64_t count = std::min(rows, s.ho - first);
             const int64_t start = first * s.sh - s.ph, low = std::max<int64_t>(0, start), high = std::min(s.h, start + band(count));
@@ -312,7 +352,7 @@ int conv_values(const int64_t *numbers, const float *a, const float *b, const in
             auto settle = [&](int64_t k, vec v) {
                 if (!begins) v += out[k];
                 out[k] = v;
-                return ends ? v * v : vec{};
+                if (ends) total.add(v);
             };
             for (int64_t at = 0; at < blocks; at++) {
                 int64_t i = 0;
@@ -335,10 +375,8 @@ int conv_values(const int64_t *numbers, const float *a, const float *b, const in
                             vec result[ROWS * COLUMNS];
                             for (int p = 0; p < take; p++) ap[p] = a_tile + offsets[from + k + p];
                             dense[take](bp, ap, walk, result);
-                            vec squares = {};
                             for (int q = 0; q < ROWS; q++)
-                                for (int p = 0; p < take; p++) squares += settle(base[q] + k + p, result[q * take + p]);
-                            if (ends) add_squares(total, squares);
+                                for (int p = 0; p < take; p++) settle(base[q] + k + p, result[q * take + p]);
                         }
                     }
                 }
@@ -351,136 +389,155 @@ int conv_values(const int64_t *numbers, const float *a, const float *b, const in
                         vec result[WIDE];
                         for (int p = 0; p < take; p++) ap[p] = a_tile + offsets[k + p];
                         one[take](&bp, ap, walk, result);
-                        vec squares = {};
-                        for (int p = 0; p < take; p++) squares += settle(k + p, result[p]);
-                        if (ends) add_squares(total, squares);
+                        for (int p = 0; p < take; p++) settle(k + p, result[p]);
                     }
                 }
             }
         }
-        std::memcpy(squared + g * LANES, total, sizeof(total));
+        total.write(squared + g * LANES);
         if (!bias) continue;
-        std::fill(total, total + LANES, 0.0);
         for (int64_t i = 0; i < b_count; i++) {
             if (bias_at[i] < 0) continue;
             reinterpret_cast<vec *>(bias)[g * biases + bias_at[i]] = sums[i];
-            add_squares(total, sums[i] * sums[i]);
+            bias_total.add(sums[i]);
         }
-        std::memcpy(squared + (example_groups + g) * LANES, total, sizeof(total));
+        bias_total.write(squared + (example_groups + g) * LANES);
     }
     return failed;
 }
 
-// out[w] = sum over examples of factors[i] * values[.., w, i]; values (groups, live, LANES), factors (groups * LANES).
-void weighted_values(int64_t groups, int64_t live, const float *values, const float *factors, float *out) {
-    const vec *v = reinterpret_cast<const vec *>(values);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t w = 0; w < live; w++) {
-        vec sum = {};
-        for (int64_t g = 0; g < groups; g++) sum += v[g * live + w] * load(factors + g * LANES);
-        out[w] = across(sum);
+// out[w] = sum over examples of factors[i] * values[.., w, i]; values (groups, live, LANES), factors (groups * LANES). Examples
+// of factor 0 are left out whatever their values are.
+void weighted_values(int64_t groups, int64_t live, const float *values, const double *factors, double *out) {
+    std::vector<bits> present(groups);
+    for (int64_t g = 0; g < groups; g++)
+        for (int i = 0; i < LANES; i++) present[g][i] = factors[g * LANES + i] != 0 ? -1 : 0;
+#pragma omp parallel num_threads(threads)
+    {
+        pin();
+#pragma omp for schedule(static)
+        for (int64_t w = 0; w < live; w++) {
+            half sum[HALVES] = {};
+            for (int64_t g = 0; g < groups; g++) {
+                alignas(64) float lane[LANES];
+                *reinterpret_cast<bits *>(lane) = *reinterpret_cast<const bits *>(values + (g * live + w) * LANES) & present[g];
+                for (int h = 0; h < HALVES; h++) sum[h] += widen(lane + h * HALF) * load(factors + g * LANES + h * HALF);
+            }
+            out[w] = across(sum[0] + sum[1]);
+        }
     }
 }
 
 // squared[i] = sum over w of values[.., w, i] squared.
 void squared_values(int64_t groups, int64_t live, const float *values, double *squared) {
     const vec *v = reinterpret_cast<const vec *>(values);
+    pin();
     for (int64_t g = 0; g < groups; g++) {
-        double total[LANES] = {};
-        for (int64_t w = 0; w < live; w++) add_squares(total, v[g * live + w] * v[g * live + w]);
-        std::memcpy(squared + g * LANES, total, sizeof(total));
+        Squares total;
+        for (int64_t w = 0; w < live; w++) total.add(v[g * live + w]);
+        total.write(squared + g * LANES);
     }
 }
 
-// (n, count) with a row stride -> (count, groups * LANES), examples side by side, zero-padded, each example times scale[i] if
-// there is a scale. Returns whether any entry is above `limit` in magnitude, or not a number.
-static int turned(int64_t n, int64_t count, int64_t stride, const float *source, const float *scale, float limit, float *target) {
+// (n, count) with a row stride -> (count, groups * LANES), examples side by side, zero-padded.
+static void turned(int64_t n, int64_t count, int64_t stride, const float *source, float *target) {
     const int64_t groups = (n + LANES - 1) / LANES;
     vec *to = reinterpret_cast<vec *>(target);
-    int large = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : large)
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t g = 0; g < groups; g++) {
-        const vec one = vec{} + 1.0f, factor = scale ? load(scale + g * LANES) : one, square = one * limit * limit;
-        vec inside = one;
         const int valid = static_cast<int>(std::min<int64_t>(LANES, n - g * LANES));
-        turn(source + g * LANES * stride, stride, valid, count, 64, [&](int64_t i, vec v) {
-            to[i * groups + g] = v * factor;
-            inside = v * v <= square ? inside : vec{};
-        });
-        large |= across(inside) != LANES;
+        turn(source + g * LANES * stride, stride, valid, count, 64, [&](int64_t i, vec v) { to[i * groups + g] = v; });
     }
-    return large;
 }
 
-// squared[i] = sum over live (r, k) of b[i, r]^2 a[i, k]^2; a (n, inputs), b (n, rows), both with a row stride and an optional
-// scale per example. turned_a (inputs, groups * LANES) stays for linear_sum, turned_b (rows, groups * LANES) is scratch.
-// Returns 1 and leaves `squared` alone when there is no scale and an entry is above `limit` in magnitude, or not a number.
-int linear_squared(int64_t n, int64_t inputs, int64_t rows, const float *a, int64_t a_stride, const float *a_scale, const float *b,
-                   int64_t b_stride, const float *b_scale, float limit, const int64_t *row_starts, const int32_t *columns,
-                   float *turned_a, float *turned_b, double *squared) {
-    const int large = turned(n, inputs, a_stride, a, a_scale, limit, turned_a) | turned(n, rows, b_stride, b, b_scale, limit, turned_b);
-    if (large && !a_scale) return 1;
-    const int64_t groups = (n + LANES - 1) / LANES;
-    const vec *av = reinterpret_cast<const vec *>(turned_a), *bv = reinterpret_cast<const vec *>(turned_b);
-    constexpr int64_t TOGETHER = 4;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t g = 0; g < groups; g += TOGETHER) {
-        const int64_t take = std::min(TOGETHER, groups - g);
-        double total[TOGETHER][LANES] = {};
-        for (int64_t r = 0; r < rows; r++) {
-            vec sum[TOGETHER] = {};
-            if (take == TOGETHER) {
-                vec s0 = {}, s1 = {}, s2 = {}, s3 = {};
-                for (int64_t k = row_starts[r]; k < row_starts[r + 1]; k++) {
-                    const vec *p = av + columns[k] * groups + g;
-                    s0 += p[0] * p[0];
-                    s1 += p[1] * p[1];
-                    s2 += p[2] * p[2];
-                    s3 += p[3] * p[3];
-                }
-                sum[0] = s0, sum[1] = s1, sum[2] = s2, sum[3] = s3;
-            } else {
-                for (int64_t k = row_starts[r]; k < row_starts[r + 1]; k++)
-                    for (int64_t q = 0; q < take; q++) sum[q] += av[columns[k] * groups + g + q] * av[columns[k] * groups + g + q];
-            }
-            for (int64_t q = 0; q < take; q++) {
-                const vec scale = bv[r * groups + g + q];
-                add_squares(total[q], sum[q] * (scale * scale));
-            }
-        }
-        for (int64_t q = 0; q < take; q++) std::memcpy(squared + (g + q) * LANES, total[q], sizeof(total[q]));
-    }
-    return 0;
-}
-
-// out[w] = sum over examples of factors[i] b[i, r] a[k, i] for the live weights w = (r, k); turned_a as linear_squared left it.
-void linear_sum(int64_t n, int64_t rows, const float *turned_a, const float *b, int64_t b_stride, const float *factors,
-                const int64_t *row_starts, const int32_t *columns, float *turned_b, float *out) {
-    turned(n, rows, b_stride, b, factors, 0, turned_b);
-    const int64_t groups = (n + LANES - 1) / LANES;
-    const vec *av = reinterpret_cast<const vec *>(turned_a), *bv = reinterpret_cast<const vec *>(turned_b);
-#pragma omp parallel for schedule(static) num_threads(threads)
+// squared[i] = sum over live (r, k) of b[r, i]^2 a[k, i]^2 for GROUPS groups from `g` on.
+extern "C++" {
+template <int GROUPS>
+static void squared_groups(int64_t g, int64_t width, int64_t rows, const float *a, const float *b, const int64_t *row_starts,
+                           const int32_t *columns, double *squared) {
+    constexpr int COUNT = GROUPS * HALVES;
+    half total[COUNT] = {};
+    const float *const from = a + g * LANES, *const scale = b + g * LANES;
     for (int64_t r = 0; r < rows; r++) {
-        const vec *row = bv + r * groups;
-        int64_t k = row_starts[r];
-        const int64_t stop = row_starts[r + 1];
-        for (; k + 4 <= stop; k += 4) {
-            const vec *p0 = av + columns[k] * groups, *p1 = av + columns[k + 1] * groups;
-            const vec *p2 = av + columns[k + 2] * groups, *p3 = av + columns[k + 3] * groups;
-            vec s0 = {}, s1 = {}, s2 = {}, s3 = {};
-            for (int64_t g = 0; g < groups; g++) {
-                const vec scale = row[g];
-                s0 += scale * p0[g];
-                s1 += scale * p1[g];
-                s2 += scale * p2[g];
-                s3 += scale * p3[g];
+        half sum[COUNT] = {};
+        for (int64_t k = row_starts[r]; k < row_starts[r + 1]; k++) {
+            const float *p = from + columns[k] * width;
+#pragma GCC unroll 8
+            for (int h = 0; h < COUNT; h++) {
+                const half x = widen(p + h * HALF);
+                sum[h] += x * x;
             }
-            out[k] = across(s0), out[k + 1] = across(s1), out[k + 2] = across(s2), out[k + 3] = across(s3);
         }
-        for (; k < stop; k++) {
-            vec sum = {};
-            for (int64_t g = 0; g < groups; g++) sum += row[g] * av[columns[k] * groups + g];
-            out[k] = across(sum);
+        for (int h = 0; h < COUNT; h++) {
+            const half y = widen(scale + r * width + h * HALF);
+            total[h] += sum[h] * (y * y);
+        }
+    }
+    for (int h = 0; h < COUNT; h++) store(squared + g * LANES + h * HALF, total[h]);
+}
+}
+
+// squared[i] = sum over live (r, k) of b[i, r]^2 a[i, k]^2; a (n, inputs), b (n, rows), both with a row stride. turned_a (inputs,
+// groups * LANES) stays for linear_sum, turned_b (rows, groups * LANES) is scratch.
+void linear_squared(int64_t n, int64_t inputs, int64_t rows, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
+                    const int64_t *row_starts, const int32_t *columns, float *turned_a, float *turned_b, double *squared) {
+    turned(n, inputs, a_stride, a, turned_a);
+    turned(n, rows, b_stride, b, turned_b);
+    const int64_t groups = (n + LANES - 1) / LANES, width = groups * LANES;
+    constexpr int64_t TOGETHER = 4;
+    constexpr decltype(&squared_groups<1>) of[TOGETHER + 1] = {nullptr, squared_groups<1>, squared_groups<2>, squared_groups<3>,
+                                                               squared_groups<4>};
+#pragma omp parallel num_threads(threads)
+    {
+        pin();
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < groups; g += TOGETHER)
+            of[std::min(TOGETHER, groups - g)](g, width, rows, turned_a, turned_b, row_starts, columns, squared);
+    }
+}
+
+// out[w] = sum over examples of factors[i] b[i, r] a[k, i] for the live weights w = (r, k); turned_a as linear_squared left it,
+// turned_b (rows, groups * LANES) scratch in float64. Examples of factor 0 are left out whatever they hold: their lanes are cleared.
+void linear_sum(int64_t n, int64_t inputs, int64_t rows, float *turned_a, const float *b, int64_t b_stride, const double *factors,
+                const int64_t *row_starts, const int32_t *columns, double *turned_b, double *out) {
+    const int64_t groups = (n + LANES - 1) / LANES, width = groups * LANES;
+#pragma omp parallel num_threads(threads)
+    {
+        pin();
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < groups; g++) {
+            const int valid = static_cast<int>(std::min<int64_t>(LANES, n - g * LANES));
+            const double *factor = factors + g * LANES;
+            bits present;
+            for (int i = 0; i < LANES; i++) present[i] = factor[i] != 0 ? -1 : 0;
+            turn(b + g * LANES * b_stride, b_stride, valid, rows, 64, [&](int64_t r, vec v) {
+                alignas(64) float lane[LANES];
+                *reinterpret_cast<bits *>(lane) = (bits)v & present;
+                for (int h = 0; h < HALVES; h++)
+                    store(turned_b + r * width + g * LANES + h * HALF, widen(lane + h * HALF) * load(factor + h * HALF));
+            });
+            for (int64_t k = 0; k < inputs; k++) *reinterpret_cast<bits *>(turned_a + k * width + g * LANES) &= present;
+        }
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            const double *row = turned_b + r * width;
+            int64_t k = row_starts[r];
+            const int64_t stop = row_starts[r + 1];
+            auto product = [&](auto count) {
+                constexpr int COUNT = decltype(count)::value;
+                half sum[COUNT][HALVES] = {};
+                const float *p[COUNT];
+                for (int q = 0; q < COUNT; q++) p[q] = turned_a + columns[k + q] * width;
+                for (int64_t at = 0; at < width; at += LANES)
+                    for (int h = 0; h < HALVES; h++) {
+                        const half scale = load(row + at + h * HALF);
+                        for (int q = 0; q < COUNT; q++) sum[q][h] += scale * widen(p[q] + at + h * HALF);
+                    }
+                for (int q = 0; q < COUNT; q++) out[k + q] = across(sum[q][0] + sum[q][1]);
+                k += COUNT;
+            };
+            while (k + 4 <= stop) product(std::integral_constant<int, 4>());
+            while (k < stop) product(std::integral_constant<int, 1>());
         }
     }
 }
@@ -492,6 +549,7 @@ void group_norm_values(int64_t n, int64_t channels, int64_t groups, int64_t size
     const int64_t length = channels / groups * size;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t at = 0; at < n * groups; at++) {
+        pin();
         const float *x = a + at * length, *d = b + at * length;
         auto sum = [&](const float *from, int64_t count, auto value) {
             vec s0 = {}, s1 = {};
