@@ -30,9 +30,10 @@ from fed_dpprune.errors import ConfigError
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.support import Support, dense
 
-# Examples of a micro-batch: products and element-wise operations have no left-over rows at any vector width, and are
-# nearly as fast as those of the whole batch (benchmarks/NOTES.md). No message and no config sets it.
-ROWS = 32
+# Examples of a micro-batch: none is left over in products and element-wise operations at any vector width. Nets that put
+# out little for an example take the larger number, for what a pass costs in itself (benchmarks/NOTES.md). It follows from the
+# net alone: no message and no config key sets it.
+ROWS, ROWS_OF_SMALL, SMALL = 32, 64, 1 << 16
 BACKENDS = ("auto", "reference", "torch", "compiled")
 PRECISIONS = ("float32", "float64", "bfloat16")
 
@@ -49,7 +50,7 @@ class PrivateGradient:
         module: The model. Its parameters are overwritten by `set_weights` and inside `live_values`; nothing else of it changes.
         layout: Names and shapes of its parameters in coordinate order; tensors with `frozen=True` never get a gradient.
         backend: `reference`, `torch`, `compiled`, or `auto` (the fastest that fits the model on this machine).
-        micro_batch: Examples whose gradients are held until they are added up, in whole micro-batches of ROWS; 0 chooses by
+        micro_batch: Examples whose gradients are held until they are added up, in whole micro-batches; 0 chooses by
             memory. It changes no bit of an example's gradient, norm or factor.
         loss: Losses of single examples, (logits, y) -> shape (n,).
         precision: `float32`; `float64` (backend reference) for tests; `bfloat16` runs forward and backward in autocast, norms
@@ -208,17 +209,18 @@ class PrivateGradient:
 
     def _proven(self, x: Tensor, y: Tensor) -> int:
         if not self._parameters:
-            return ROWS
+            return 1
         plain_x = x.to(self._parameters[0].dtype) if x.is_floating_point() else x
-        selfcheck.check_forward(self.module, self._loss, plain_x, y, ROWS)
-        for rows in (ROWS, 1):
+        small = selfcheck.check_forward(self.module, self._loss, plain_x, y) <= SMALL
+        several = ROWS_OF_SMALL if small else ROWS
+        for rows in (several, 1):
             if self._layers is not None and not self._layers_fit(x, y, rows):
                 self._layers = None
             if self._layers is not None and selfcheck.invariant(self._layers, self.module, self.layout, x, y, rows):
                 return rows
         self._layers = None
         try:
-            for rows in (ROWS, 1):
+            for rows in (several, 1):
                 if self._dtype == torch.float64 or selfcheck.invariant(self._whole, self.module, self.layout, x, y, rows):
                     return rows
         except Exception as error:

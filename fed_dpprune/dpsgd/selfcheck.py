@@ -32,6 +32,8 @@ from fed_dpprune.sparsity.support import Support
 EXAMPLES = 3
 TOLERANCE = 1e-3  # float32 in two orders of summation stays far below; a lost tensor or cross term is far above
 ALL_UP_TO = 1 << 20  # coordinates up to which bits are compared with all of them live, not with a tenth alone
+# How far the examples are moved (None: in reverse order), and what every second one is replaced by.
+ARRANGEMENTS = ((0, None), (7, 1e3), (1, 3e38), (16, float("nan")), (3, 1e-42))
 FIX = "let every layer and the loss treat each example by itself"
 
 
@@ -56,7 +58,7 @@ def made_up_labels(like: Tensor, rows: int) -> Tensor:
     return made_up(like, rows, seed=2) if like.is_floating_point() else like.new_zeros(rows, *like.shape[1:])
 
 
-def check_forward(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, rows: int) -> None:
+def check_forward(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> int:
     """Run the module on made-up examples, together and one by one.
 
     Args:
@@ -64,12 +66,14 @@ def check_forward(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, rows: int
         loss: Per-example losses.
         x: Examples, for their shape and type.
         y: Labels, likewise.
-        rows: Examples of a micro-batch.
+
+    Returns:
+        Values that its layers put out for one example.
 
     Raises:
         ConfigError: It fails on them, changes its buffers or weights, draws random numbers, or mixes examples; says which layer.
     """
-    made_x, made_y = made_up(x, rows, seed=1), made_up_labels(y, rows)
+    made_x, made_y = made_up(x, EXAMPLES + 1, seed=1), made_up_labels(y, EXAMPLES + 1)
     try:
         with plain_state(module), torch.no_grad():
             before, state = random_state(), _tensors(module)
@@ -78,12 +82,13 @@ def check_forward(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, rows: int
             _refuse_traces(module, state)
             if not _same_state(before, random_state()):
                 raise ConfigError("model", "draws random numbers in its forward pass", "remove the dropout, or set it to 0")
-            for place in range(min(EXAMPLES, rows)):
+            for place in range(EXAMPLES):
                 own = slice(place, place + 1)
                 alone, output = _traced(module, made_x[own])
                 _refuse_mixing(together, alone, outputs, output, place)
                 if not _close(losses[own], loss(output, made_y[own])):
                     raise ConfigError("loss", "mixes the examples of a batch", FIX)
+            return sum(value.numel() for _, value in alone)
     except ConfigError:
         raise
     except Exception as error:
@@ -226,16 +231,22 @@ def invariant(engine: Engine, module: nn.Module, layout: Layout, x: Tensor, y: T
         return True
     chosen = np.random.default_rng(0).random(trainable.size) < 0.1
     chosen[0] = True
-    supports = [trainable[chosen], *([trainable] if trainable.size <= ALL_UP_TO else [])]
+    supports = [(trainable[chosen], ARRANGEMENTS), *([(trainable, ARRANGEMENTS[:2])] if trainable.size <= ALL_UP_TO else [])]
     made_x, made_y = made_up(x, rows, seed=3), made_up_labels(y, rows)
     with plain_state(module):
-        return all(_same_bits(engine, live_tensors(layout, Support(s, layout.d)), made_x, made_y) for s in supports)
+        return all(
+            _same_bits(engine, live_tensors(layout, Support(indices, layout.d)), made_x, made_y, tried)
+            for indices, tried in supports
+        )
 
 
-def _same_bits(engine: Engine, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor) -> bool:
+def _same_bits(
+    engine: Engine, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor, tried: Sequence[tuple[int, float | None]]
+) -> bool:
     rows = len(x)
     first = _bits(engine, live, x, y)
-    for order, wild in _arrangements(rows):
+    for shift, wild in tried if rows > 1 else tried[:1]:
+        order = np.roll(np.arange(rows), shift)[:: -1 if wild is None else 1].copy()
         place = torch.from_numpy(order).to(x.device)
         moved_x, moved_y = x[place].clone(), y[place].clone()
         compared = np.ones(rows, dtype=bool)
@@ -250,17 +261,6 @@ def _same_bits(engine: Engine, live: tuple[LiveTensor, ...], x: Tensor, y: Tenso
             if not torch.equal(_integers(old[place[where]]), _integers(new[where])):
                 return False
     return True
-
-
-def _arrangements(rows: int) -> Iterator[tuple[NDArray[np.int64], float | None]]:
-    """Orders of the examples, and what every second one is replaced by."""
-    places = np.arange(rows)
-    if rows == 1:
-        yield from ((places, None),) * 3
-        return
-    yield places[::-1].copy(), None
-    for shift, wild in ((7, 1e3), (1, 3e38), (rows // 2, float("nan")), (rows // 2 + 1, float("inf")), (3, 1e-42), (0, 0.0)):
-        yield np.roll(places, shift), wild
 
 
 def _bits(engine: Engine, live: tuple[LiveTensor, ...], x: Tensor, y: Tensor) -> list[Tensor]:

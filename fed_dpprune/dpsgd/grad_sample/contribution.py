@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -95,19 +97,28 @@ class Values(Contribution):
 
     def __init__(self, values: Tensor) -> None:
         self._values, self.held = values, values.element_size() * values.shape[1]
-        squares = (part.to(torch.float64, copy=True).square_().sum(1) for part in values.split(COLUMNS, 1))
+        squares = (part.to(torch.float64, copy=True).square_().sum(1) for part in torch.split(values, COLUMNS, 1))
         self.squared = sum(squares, torch.zeros(len(values), dtype=torch.float64, device=values.device))
 
     def weighted_sum(self, factors: Tensor, out: Tensor) -> None:
         """See Contribution."""
         factors = factors[: len(self._values)]
         absent = (factors == 0).unsqueeze(1)
-        for part, place in zip(self._values.split(COLUMNS, 1), out.split(COLUMNS), strict=True):
+        for part, place in zip(torch.split(self._values, COLUMNS, 1), torch.split(out, COLUMNS), strict=True):
             torch.mv(part.to(torch.float64, copy=True).masked_fill_(absent, 0.0).T, factors, out=place)
 
     def values(self) -> Tensor:
         """See Contribution."""
         return self._values
+
+    def joined(self, others: Sequence[Contribution]) -> Contribution:
+        """See Contribution: few columns are put together, many stay where they are."""
+        if not others or self._values.shape[1] > COLUMNS:
+            return super().joined(others)
+        parts = [self, *cast(Sequence[Values], others)]
+        made = copy.copy(self)
+        made._values, made.squared = torch.cat([p._values for p in parts]), torch.cat([p.squared for p in parts])
+        return made
 
 
 class Parts(Contribution):
@@ -121,7 +132,8 @@ class Parts(Contribution):
         """See Contribution."""
         out.zero_()
         one = torch.empty_like(out)
-        for part, own in zip(self._parts, factors[: len(self.squared)].split([len(p.squared) for p in self._parts]), strict=True):
+        sizes = [len(part.squared) for part in self._parts]
+        for part, own in zip(self._parts, torch.split(factors[: sum(sizes)], sizes), strict=True):
             part.weighted_sum(nn.functional.pad(own, (0, -len(own) % PADDING)), one)
             out += one
 

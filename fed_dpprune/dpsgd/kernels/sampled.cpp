@@ -15,8 +15,10 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 #define LANES 16
 #else
 #define LANES 8
@@ -35,7 +37,15 @@ namespace {
 
 inline vec load(const float *p) { return *reinterpret_cast<const loose *>(p); }
 
-inline half widen(const float *p) { return __builtin_convertvector(*reinterpret_cast<const narrow *>(p), half); }
+inline half widen(const float *p) {  // one instruction where the compiler would not find it
+#if defined(__AVX512F__)
+    return (half)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif defined(__AVX__)
+    return (half)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const narrow *>(p), half);
+#endif
+}
 inline half load(const double *p) { return *reinterpret_cast<const loose_half *>(p); }
 inline void store(double *p, half v) { *reinterpret_cast<loose_half *>(p) = v; }
 
