@@ -78,10 +78,7 @@ def poisson(count: int, rate: float, uniforms: Uniforms) -> NDArray[np.int64]:
     Raises:
         ValueError: A rate outside (0, 1] or a negative count.
     """
-    if not 0 < rate <= 1:
-        raise ValueError(f"sample rate must be above 0 and at most 1, not {rate!r}")
-    if count < 0:
-        raise ValueError(f"count must not be negative, not {count!r}")
+    _check(count, rate)
     coins = uniforms.words(count)
     # A power of two moves the exponent of a float and nothing else: the product is exact. 2^64 itself fits no word.
     whole = int(rate * _RESOLUTION)
@@ -89,6 +86,13 @@ def poisson(count: int, rate: float, uniforms: Uniforms) -> NDArray[np.int64]:
         return np.arange(count, dtype=np.int64)
     threshold = np.uint64(whole)
     return np.flatnonzero(coins < threshold).astype(np.int64, copy=False)
+
+
+def _check(count: int, rate: float) -> None:
+    if not 0 < rate <= 1:
+        raise ValueError(f"sample rate must be above 0 and at most 1, not {rate!r}")
+    if count < 0:
+        raise ValueError(f"count must not be negative, not {count!r}")
 
 
 class PoissonBatches:
@@ -108,16 +112,16 @@ class PoissonBatches:
     """
 
     def __init__(self, count: int, rate: float, steps: int, uniforms: Uniforms | None = None) -> None:
-        poisson(0, rate, OsUniforms())  # refuses a rate that does not work
-        if count < 0 or steps < 0:
-            raise ValueError(f"count and steps must not be negative, not {count!r} and {steps!r}")
+        _check(count, rate)
+        if steps < 0:
+            raise ValueError(f"steps must not be negative, not {steps!r}")
         self.count, self.rate, self.steps = count, rate, steps
         self._uniforms: Uniforms = OsUniforms() if uniforms is None else uniforms
 
     @property
     def seeded(self) -> bool:
         """Whether the coins are other ones than the operating system's."""
-        return not isinstance(self._uniforms, OsUniforms)
+        return type(self._uniforms) is not OsUniforms
 
     def __len__(self) -> int:
         return self.steps

@@ -342,8 +342,7 @@ def test_looking_at_a_ledger_drops_no_lock_of_this_process(ledger):
     try:
         locks.check_private(ledger)
         code = (
-            "import sys, pathlib; from fed_dpprune.privacy.locks import Lock;"
-            "sys.exit(Lock(pathlib.Path(sys.argv[1])).acquire())"
+            "import sys, pathlib; from fed_dpprune.privacy.locks import Lock;sys.exit(Lock(pathlib.Path(sys.argv[1])).acquire())"
         )
         held = subprocess.run([sys.executable, "-c", code, str(ledger)], check=False).returncode
     finally:
