@@ -124,8 +124,9 @@ def _open(name: str, cls: str, root: Path, arguments: dict[str, Any], advice: st
 
     patience = socket.getdefaulttimeout()
     try:
-        if "download" in arguments:
+        if root == downloads():
             private_folder(root)
+        if "download" in arguments:
             socket.setdefaulttimeout(PATIENCE_S)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return getattr(datasets, cls)(str(root), **arguments)

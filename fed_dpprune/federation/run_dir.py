@@ -92,6 +92,8 @@ class RunDir:
         stored = self.path / "config.toml"
         if not filled or not stored.exists():
             raise BadInput(str(self.path), "holds no run to resume", "leave --resume out to start one")
+        for name in OURS:
+            _refuse_others(self.path / name)
         try:
             previous = cfg.build(cfg.flatten(tomllib.loads(stored.read_text())))
         except (OSError, tomllib.TOMLDecodeError) as error:

@@ -34,10 +34,11 @@ from fed_dpprune.models.flat import Tensor
 from fed_dpprune.models.spec import ModelSpec
 from fed_dpprune.privacy import locks
 from fed_dpprune.privacy.cache import Figures
-from fed_dpprune.privacy.ledger import DEPLOYMENT, Ledger
+from fed_dpprune.privacy.ledger import DEPLOYMENT, SIMULATION, Ledger
 from fed_dpprune.sparsity.support import dense
 
 SOMEBODY = 54321
+CONFIG = cfg.build({"privacy.noise-multiplier": 1.0})
 IS_ROOT = os.geteuid() == 0
 
 
@@ -260,14 +261,29 @@ def test_pickles_that_others_can_write_are_not_opened(tmp_path, monkeypatch):
             spoil.chmod(0o700)
 
 
-def test_downloads_go_where_nobody_else_can_write(cache, monkeypatch):
+@pytest.mark.parametrize("arguments", [{"download": True}, {}])
+def test_downloads_lie_where_nobody_else_can_write(cache, monkeypatch, arguments):
     torchvision = pytest.importorskip("torchvision.datasets")
     monkeypatch.setattr(torchvision, "MNIST", lambda root, **_: root)
-    ask = lambda: torchvision_sets._open("mnist", "MNIST", torchvision_sets.downloads(), {"download": True}, "")  # noqa: E731
+    ask = lambda: torchvision_sets._open("mnist", "MNIST", torchvision_sets.downloads(), arguments, "")  # noqa: E731
     assert ask() == str(cache / "torchvision")
     others_can_write(cache / "torchvision")
     with pytest.raises(DataError, match="chmod go-w"):
         ask()
+
+
+def test_weights_are_cached_where_nobody_else_can_write(cache, monkeypatch):
+    from fed_dpprune.models import weights
+
+    models = pytest.importorskip("torchvision.models")
+    entry = SimpleNamespace(url="https://example.org/w.pth", get_state_dict=lambda **given: given)
+    monkeypatch.setattr(models, "get_model_weights", lambda name: SimpleNamespace(DEFAULT=entry))
+    monkeypatch.setattr(weights, "_arrays", lambda state: state)
+    spec = ModelSpec("torchvision:resnet18", (), "tanh", (3, 8, 8), 2, weights="torchvision")
+    assert weights._torchvision(spec)["model_dir"] == str(cache / "weights")
+    others_can_write(cache / "weights")
+    with pytest.raises(DataError, match="chmod go-w"):
+        weights._torchvision(spec)
 
 
 # --- the ledger -----------------------------------------------------------------------------------------------------------
@@ -289,8 +305,9 @@ def test_a_ledger_in_a_sticky_folder_is_refused_for_others_may_plant_a_journal_t
     ledger.parent.chmod(0o1777)
     with pytest.raises(LedgerError, match="everybody can write it"):
         reopened(ledger)
-    with pytest.raises(LedgerError, match="everybody can write it"):
-        Ledger.create(ledger.with_name("new.sqlite"), "clinic", mode=DEPLOYMENT, delta=1e-5)
+    for mode in (DEPLOYMENT, SIMULATION):
+        with pytest.raises(LedgerError, match="everybody can write it"):
+            Ledger.create(ledger.with_name("new.sqlite"), "clinic", mode=mode, delta=1e-5)
     assert not ledger.with_name("new.sqlite").exists()
 
 
@@ -362,7 +379,7 @@ def wide_umask():
 
 def test_a_run_directory_is_made_for_its_owner_alone(tmp_path, wide_umask):
     run = RunDir(tmp_path / "runs" / "one")
-    run.prepare(cfg.Config(), resume=False, force=False)
+    run.prepare(CONFIG, resume=False, force=False)
     checkpoint.write(run.checkpoint, checkpoint.Checkpoint(1, "c", {}, {"a": np.zeros(3)}))
     simulation.write_parts(run.checkpoint / "partition.npz", [np.arange(3)])
     SharedStore(run.models, 4).save("d", Start(np.zeros(4, np.float32), dense(4)), 1)
@@ -377,12 +394,12 @@ def test_a_run_directory_is_made_for_its_owner_alone(tmp_path, wide_umask):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_directory_that_others_can_write_is_refused_before_anything_is_written(tmp_path, above, resume):
     run = RunDir(tmp_path / "runs" / "one")
-    run.prepare(cfg.Config(), resume=False, force=False)
+    run.prepare(CONFIG, resume=False, force=False)
     before = sorted(run.path.iterdir())
     others_can_write(run.path.parent if above else run.path)
     for act in (run.check, run.prepare):
         with pytest.raises(BadInput, match="--out"):
-            act(cfg.Config(), resume=resume, force=not resume)
+            act(CONFIG, resume=resume, force=not resume)
     assert sorted(run.path.iterdir()) == before
 
 
@@ -390,7 +407,34 @@ def test_a_run_below_a_folder_that_others_can_write_is_refused_before_it_is_made
     others_can_write(tmp_path)
     run = RunDir(tmp_path / "runs" / "one")
     with pytest.raises(BadInput, match="chmod go-w"):
-        run.prepare(cfg.Config(), resume=False, force=False)
+        run.prepare(CONFIG, resume=False, force=False)
+
+
+def test_a_run_directory_that_somebody_makes_first_in_a_sticky_folder_is_refused(tmp_path, monkeypatch):
+    tmp_path.chmod(0o1777)
+    run, real = RunDir(tmp_path / "one"), places.make_folder
+
+    def late(path):
+        path.mkdir()
+        others_can_write(path)
+        return real(path)
+
+    monkeypatch.setattr(places, "make_folder", late)
+    with pytest.raises(BadInput, match="is not this user's alone"):
+        run.prepare(CONFIG, resume=False, force=False)
+    assert list(run.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["config.toml", "ledger.sqlite", "ledger.sqlite-wal", "rounds.jsonl", "checkpoint"])
+def test_a_run_with_a_file_of_another_user_is_not_resumed(tmp_path, name):
+    run = RunDir(tmp_path / "runs" / "one")
+    run.prepare(CONFIG, resume=False, force=False)
+    run.checkpoint.mkdir()
+    (run.path / name).touch()
+    run.check(CONFIG, resume=True, force=False)
+    give_away(run.path / name)
+    with pytest.raises(BadInput, match="is not this user's alone"):
+        run.check(CONFIG, resume=True, force=False)
 
 
 @pytest.mark.parametrize("name", ["state.json", "arrays-1.safetensors"])
