@@ -166,7 +166,7 @@ def sync_directory(directory: Path) -> None:
 
 def write_durably(path: Path, text: str) -> None:
     """Replace a small file in one durable step, mode 0600, written under a name that nobody can guess or have taken."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
     try:
         with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
