@@ -25,10 +25,7 @@ class Nodes(small_run.Tap):
     """Four SuperNodes as their operators started them."""
 
     def __init__(self, conf: cfg.Config, folder: Path, **own: dict[str, Any]) -> None:
-        nodes = [
-            {"partition-id": p, "num-partitions": 4, "ledger": str(folder / f"{p}.sqlite"), **own.get(f"node{p}", {})}
-            for p in range(4)
-        ]
+        nodes = [small_run.node_config(folder, p, **own.get(f"node{p}", {})) for p in range(4)]
         super().__init__(apps.make_client_app(), nodes)
         for context in self._contexts.values():
             context.run_config = cfg.to_run_config(conf)
@@ -105,9 +102,9 @@ def test_a_nodes_own_limit_stops_it_alone_and_is_not_counted(tmp_path):
 
 def test_a_node_without_a_ledger_takes_no_part(tmp_path):
     conf = small_run.config()
-    out = serve(conf, Nodes(conf, tmp_path, node3={"ledger": ""}))
-    rows = [row for row in small_run.clients(out) if row["client"] == 3]
-    assert {(row["status"], row["reason"], row["steps"]) for row in rows} == {("refused", "no-ledger", 0)}
+    with pytest.raises(RunStopped, match="node-not-configured"):
+        serve(conf, Nodes(conf, tmp_path, node3={"ledger": None}))
+    assert not list(tmp_path.glob("*.sqlite"))
 
 
 def test_a_run_that_stops_short_is_recorded_and_raised(tmp_path):
