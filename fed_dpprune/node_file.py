@@ -60,7 +60,8 @@ policy-delta = {delta}
 policy-max-epsilon = {epsilon}
 policy-min-noise-multiplier = {noise}
 
-# More limits, where you want them:
+# More, where you want it:
+# num-partitions = 2  (so many nodes share these data, each row belongs to one of them)
 # policy-max-sample-rate = 0.1
 # policy-max-steps-per-round = 20
 # policy-max-clip-norm = 10.0

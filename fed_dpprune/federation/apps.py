@@ -97,6 +97,12 @@ def _failed(message: Message, error: Exception) -> Message:
     return Message(RecordDict({"hello": ConfigRecord(dict(hello))}), reply_to=message)
 
 
+def _speak_to_the_operator() -> None:
+    """Where nobody has set up logging, as in the process of a SuperNode's app: to its output, which is the node's log."""
+    if not logging.getLogger().handlers:
+        _speak()
+
+
 def _say_whose_code_this_is(context: Context) -> None:
     """One line in a SuperNode's own log: whether it accepts signed app bundles alone."""
     if not nodes.is_simulated(context.node_config):
@@ -110,7 +116,7 @@ def make_client_app() -> ClientApp:
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        _speak()
+        _speak_to_the_operator()
         _say_whose_code_this_is(context)
         try:
             return Message(_runtime(context).hello(message.content), reply_to=message)
@@ -119,7 +125,7 @@ def make_client_app() -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        _speak()
+        _speak_to_the_operator()
         try:
             runtime = _runtime(context)
         except Exception as error:
