@@ -87,7 +87,7 @@ class Wishes:
 
 def rounded(count: int) -> int:
     """A declared size from a count: two significant digits, to the nearest, in tens at least."""
-    step = max(10, 10 ** (len(str(count)) - 2))
+    step = max(10, int(10 ** (len(str(count)) - 2)))
     return max(SMALLEST_SIZE, (count + step // 2) // step * step)
 
 

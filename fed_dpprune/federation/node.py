@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fed_dpprune import config as cfg
 from fed_dpprune.data import node_rows, partition
 from fed_dpprune.data import registry as datasets
-from fed_dpprune.data.dataset import Dataset
+from fed_dpprune.data.dataset import Dataset, Examples
 from fed_dpprune.data.node_rows import Declared, Rows
 from fed_dpprune.dotted import is_path
 from fed_dpprune.errors import ConfigError, LedgerError
@@ -187,17 +187,44 @@ class DeployedNode:
         return workbench(self.config.model, cfg.Engine(), self.facts.declared.shape, self.facts.declared.classes)
 
     def share(self) -> Share:
-        """Its private rows. Called after the charge, so nothing may come of it but an update: what cannot be read is absent."""
-        try:
-            rows = _rows(self.facts.data, self.facts.declared)
-            mine = node_rows.owned(rows, self.facts.partition, self.facts.partitions)
-        except Exception:
-            _log.exception("node-config data: %s cannot be read; this update is noise alone", self.facts.data)
-            none = np.zeros(0, dtype=np.int64)
-            return Share(node_rows.nothing(self.facts.declared), none, self.nominal_size)
-        if mine.size < rows.total:
-            _log.info("%d of %d rows are this node's and fit its declaration", mine.size, rows.total)
-        return Share(rows.examples, mine, self.nominal_size)
+        """Its private rows, still unread."""
+        return UnreadShare(self.facts)
+
+
+class UnreadShare(Share):
+    """A node's rows, read when a step first takes them: after the charge, whoever asks for the share and when.
+
+    Nothing may come of reading but an update, so data that cannot be read are no rows.
+
+    Args:
+        facts: The operator's.
+    """
+
+    def __init__(self, facts: NodeConfig) -> None:
+        object.__setattr__(self, "_facts", facts)
+        object.__setattr__(self, "nominal_size", facts.nominal_size)
+
+    def __getattr__(self, name: str) -> Any:
+        """Read, at the first use of `examples` or `indices`."""
+        if name not in ("examples", "indices"):
+            raise AttributeError(name)
+        examples, indices = _read_share(self._facts)
+        object.__setattr__(self, "examples", examples)
+        object.__setattr__(self, "indices", indices)
+        return getattr(self, name)
+
+
+def _read_share(facts: NodeConfig) -> tuple[Examples, NDArray[np.int64]]:
+    """A node's examples and the numbers of those that are its own; none of either where the data cannot be read."""
+    try:
+        rows = _rows(facts.data, facts.declared)
+        mine = node_rows.owned(rows, facts.partition, facts.partitions)
+    except Exception:
+        _log.exception("node-config data: %s cannot be read; this update is noise alone", facts.data)
+        return node_rows.nothing(facts.declared), np.zeros(0, dtype=np.int64)
+    if mine.size < rows.total:
+        _log.info("%d of %d rows are this node's and fit its declaration", mine.size, rows.total)
+    return rows.examples, mine
 
 
 @lru_cache(maxsize=1)
@@ -242,7 +269,7 @@ def open_ledger(facts: NodeConfig) -> Ledger:
     if delta is None:
         raise missing("policy-delta")
     ledger = Ledger.open_or_create(
-        facts.ledger, IDENTITY, mode="deployment", delta=delta, accountant=facts.accountant, unit="example"
+        facts.ledger, IDENTITY, mode="deployment", delta=delta, accountant=facts.accountant, unit=policies.UNIT
     )
     if ledger.delta != delta:
         ledger.close()

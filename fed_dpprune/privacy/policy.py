@@ -40,6 +40,7 @@ NODE_KEYS = (
     "policy-allow-releases",
     "policy-allow-provenance",
 )
+UNIT = "example"  # the one that this version counts by
 ALLOWABLE = ("random", "data-free", "public")  # a private support is charged or refused, never allowed by a word
 
 
@@ -56,8 +57,9 @@ class ClientPolicy:
         max_steps_per_round: Most private steps in one round.
         allow_releases: Names of releases beside the update that may leave.
         allow_provenance: Where supports may come from.
-        max_clip_norm: Largest clip norm.
+        max_clip_norm: Largest clip norm, None for that of the arithmetic.
         accountant: That the node's ledger counts by; None where it is the run's (a simulation's alone).
+        unit: Of privacy; None as before.
     """
 
     max_epsilon: float | None = None
@@ -67,8 +69,9 @@ class ClientPolicy:
     max_steps_per_round: int = 1000
     allow_releases: tuple[str, ...] = ()
     allow_provenance: tuple[str, ...] = ALLOWABLE
-    max_clip_norm: float = MOST_CLIP_NORM
+    max_clip_norm: float | None = None
     accountant: str | None = None
+    unit: str | None = None
 
     @classmethod
     def from_config(cls, policy: cfg.Policy, delta: float | None = None) -> ClientPolicy:
@@ -111,6 +114,7 @@ class ClientPolicy:
                 node, "policy-max-clip-norm", default=MOST_CLIP_NORM, least=LEAST_CLIP_NORM, most=MOST_CLIP_NORM
             ),
             accountant=_accountant(node),
+            unit=UNIT,
         )
 
     def check(
