@@ -237,6 +237,16 @@ def test_before_the_charge_the_data_are_not_opened(tmp_path, asked, opened):
     assert data in opened
 
 
+def test_a_share_is_read_when_a_step_first_takes_its_rows(tmp_path, opened):
+    data = rows(tmp_path / "private.npz")
+    opened.clear()
+    node._rows.cache_clear()
+    facts = node.read_node_config(small_run.node_config(tmp_path, 1, data=data, **{"num-partitions": None}))
+    share = node.DeployedNode(facts, small_run.config()).share()
+    assert (share.nominal_size, data in opened) == (337, False)
+    assert (share.indices.size, len(share.examples), data in opened) == (60, 60, True)
+
+
 def test_a_hello_or_a_malformed_request_writes_no_ledger(own, asked):
     answer(own)
     answer(own, RecordDict({"terms": ConfigRecord({"protocol": 1})}))
