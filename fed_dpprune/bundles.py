@@ -2,9 +2,10 @@
 
 Flower's `flower-supernode --trusted-entities FILE` accepts only app bundles that one of the file's keys has signed;
 without it a SuperNode runs whatever bundle the server's side submits, before a line of this package is executed. The
-option is not handed on to the app, so it is read from the SuperNode's command line in /proc: on Linux, on the same
-machine and in the same process namespace. Elsewhere nothing is known, and that is said. And a line of a log is written by
-the code that runs: a bundle that is not ours writes what it likes, so this finds a mistake, never an attacker.
+option is not handed on to the app, so it is read from the SuperNode's command line in /proc, and the file as it is now:
+on Linux, on the same machine and in the same process namespace. Elsewhere nothing is known, and that is said. And a line
+of a log is written by the code that runs: a bundle that is not ours writes what it likes, so this finds a mistake, never
+an attacker.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 SIGNED, ANY, UNKNOWN = "signed", "any", "unknown"
 OPTION = "--trusted-entities"
+KEY = "ssh-ed25519"  # the one kind of key that Flower takes there
 WORDS: dict[str, str] = {
     SIGNED: "accepts only app bundles signed by an entity of its --trusted-entities file; who is in that file decides",
     ANY: "runs whatever code the server's side submits, so nothing that this package promises holds against the server; "
@@ -27,10 +29,34 @@ _HOPS = 12
 _PROC = Path("/proc")
 
 
-def verdict(argv: list[str]) -> str:
-    """Of one SuperNode, by its command line: `signed` or `any`."""
-    named = [word for word in argv if word == OPTION or word.startswith(OPTION + "=")]
-    return SIGNED if named else ANY
+def verdict(argv: list[str], home: Path | None = None) -> str:
+    """Of one SuperNode, by its command line and the file that it names: `signed`, `any`, or `unknown`.
+
+    Flower takes a file without a key for no file at all, and then checks nothing.
+
+    Args:
+        argv: Its command line.
+        home: Its working directory, for a relative path; None where it cannot be told.
+    """
+    named = [argv[place + 1] for place, word in enumerate(argv[:-1]) if word == OPTION]
+    named += [word.partition("=")[2] for word in argv if word.startswith(OPTION + "=")]
+    if not named:
+        return ANY
+    path = Path(named[-1]).expanduser()
+    if not path.is_absolute() and home is None:
+        return UNKNOWN
+    try:
+        text = (path if home is None else home / path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return UNKNOWN
+    return SIGNED if any(KEY in line.partition("#")[0] for line in text.splitlines()) else ANY
+
+
+def _home(pid: int, proc: Path) -> Path | None:
+    try:
+        return (proc / str(pid) / "cwd").readlink()
+    except OSError:
+        return None
 
 
 def of_this_process(proc: Path = _PROC) -> str:
@@ -46,7 +72,7 @@ def of_this_process(proc: Path = _PROC) -> str:
         seen.add(pid)
         argv = _argv(pid, proc)
         if _is_supernode(argv):
-            return verdict(argv)
+            return verdict(argv, _home(pid, proc))
         wanted += _parents(pid, argv, proc)
     return UNKNOWN
 
@@ -55,7 +81,7 @@ def of_this_machine(proc: Path = _PROC) -> dict[int, str]:
     """Of every SuperNode that this user can see running, by process id."""
     pids = (int(entry.name) for entry in proc.glob("[0-9]*") if entry.name.isdecimal())
     found = ((pid, _argv(pid, proc)) for pid in pids)
-    return {pid: verdict(argv) for pid, argv in sorted(found) if _is_supernode(argv)}
+    return {pid: verdict(argv, _home(pid, proc)) for pid, argv in sorted(found) if _is_supernode(argv)}
 
 
 def _is_supernode(argv: list[str]) -> bool:

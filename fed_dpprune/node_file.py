@@ -187,7 +187,7 @@ class Report:
 
 
 def check(path: Path) -> Report:
-    """Look through everything that a node needs; nothing is written, nothing is sent.
+    """Look through everything that a node needs; nothing is sent, and nothing written but the cache of a folder's images.
 
     Raises:
         BadInput: The file cannot be read or is incomplete: nothing else can be looked at then.

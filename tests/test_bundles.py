@@ -11,8 +11,8 @@ import pytest
 
 from fed_dpprune import bundles
 
-SIGNED = ["/venv/bin/python", "/venv/bin/flower-supernode", "--superlink", "x:1", "--trusted-entities", "keys.yaml"]
 ANY = ["/venv/bin/python", "/venv/bin/flower-supernode", "--superlink", "x:1"]
+KEYS = "fpk_1: 'ssh-ed25519 AAAA me'\n"
 
 
 def processes(root: Path, table: dict[int, tuple[int, list[str]]]) -> Path:
@@ -20,15 +20,28 @@ def processes(root: Path, table: dict[int, tuple[int, list[str]]]) -> Path:
     for pid, (parent, argv) in table.items():
         (root / str(pid)).mkdir()
         (root / str(pid) / "cmdline").write_bytes(b"\0".join(word.encode() for word in argv) + b"\0")
+        (root / str(pid) / "cwd").symlink_to(root)
         (root / str(pid) / "status").write_text(f"Name:\tx\nPPid:\t{parent}\n")
     return root
 
 
 @pytest.mark.parametrize(
-    ("argv", "word"),
-    [(SIGNED, "signed"), ([*ANY, "--trusted-entities=k.yaml"], "signed"), (ANY, "any"), ([*ANY, "--insecure"], "any")],
+    ("options", "text", "word"),
+    [
+        (["--trusted-entities", "keys.yaml"], KEYS, "signed"),
+        (["--trusted-entities=keys.yaml", "--insecure"], KEYS, "signed"),
+        ([], KEYS, "any"),
+        (["--insecure"], KEYS, "any"),
+        (["--trusted-entities", "keys.yaml"], "{}\n", "any"),
+        (["--trusted-entities", "keys.yaml"], "", "any"),
+        (["--trusted-entities", "keys.yaml"], f"# {KEYS}", "any"),
+        (["--trusted-entities", "gone.yaml"], KEYS, "unknown"),
+    ],
+    ids=str,
 )
-def test_the_option_of_the_supernode_above_decides(tmp_path, argv, word):
+def test_the_option_of_the_supernode_above_decides(tmp_path, options, text, word):
+    (tmp_path / "keys.yaml").write_text(text)
+    argv = [*ANY, *options]
     table = {
         os.getpid(): (70, ["python", "flwr-clientapp", "--token", "t"]),
         70: (60, ["python", "flower-superexec", "--parent-pid", "50"]),
@@ -48,7 +61,13 @@ def test_without_a_supernode_above_nothing_is_claimed(tmp_path, argv):
 
 
 def test_every_supernode_of_the_machine_is_listed_and_no_other_process(tmp_path):
-    table = {7: (1, SIGNED), 8: (1, ["flower-supernode"]), 9: (1, ["flower-superlink"]), 10: (1, [])}
+    (tmp_path / "keys.yaml").write_text(KEYS)
+    table = {
+        7: (1, [*ANY, "--trusted-entities", str(tmp_path / "keys.yaml")]),
+        8: (1, ["flower-supernode"]),
+        9: (1, ["flower-superlink"]),
+        10: (1, []),
+    }
     assert bundles.of_this_machine(processes(tmp_path, table)) == {7: "signed", 8: "any"}
 
 
@@ -56,7 +75,8 @@ def test_every_supernode_of_the_machine_is_listed_and_no_other_process(tmp_path)
 def test_a_real_process_is_seen(tmp_path):
     script = tmp_path / "flower-supernode"
     script.write_text("import time\ntime.sleep(60)\n")
-    started = subprocess.Popen([sys.executable, str(script), "--trusted-entities", "k.yaml"])
+    (tmp_path / "keys.yaml").write_text(KEYS)
+    started = subprocess.Popen([sys.executable, str(script), "--trusted-entities", "keys.yaml"], cwd=tmp_path)
     try:
         assert bundles.of_this_machine()[started.pid] == "signed"
     finally:

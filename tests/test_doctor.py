@@ -146,3 +146,18 @@ def test_a_small_shared_memory_is_advice(monkeypatch):
     advice = "\n".join(doctor.collect()["advice"])
     assert "--shm-size" in advice
     assert "federation.actors = 1" in advice
+
+
+@pytest.mark.parametrize("word", ["signed", "any", "unknown"])
+def test_whose_code_a_running_supernode_runs_is_said_and_advised_upon(monkeypatch, word):
+    monkeypatch.setattr(doctor.bundles, "of_this_machine", lambda: {4711: word})
+    report = doctor.collect()
+    assert report["supernodes"] == {"4711": word}
+    text = " ".join(_text(report).split())
+    assert f"process 4711 {doctor.bundles.WORDS[word]}" in text
+    assert any("4711" in line for line in report["advice"]) == (word != "signed")
+
+
+def test_without_a_supernode_the_option_is_named_all_the_same(monkeypatch):
+    monkeypatch.setattr(doctor.bundles, "of_this_machine", dict)
+    assert "started without --trusted-entities runs whatever code" in " ".join(_text(doctor.collect()).split())

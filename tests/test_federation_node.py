@@ -342,6 +342,12 @@ def test_code_that_a_run_config_names_runs_only_where_its_exact_path_is_allowed(
         assert status(answer(own, **{"model.name": name})) == "ok"
 
 
+def test_torchvisions_own_nets_are_no_code_of_the_nodes(own):
+    facts = node.read_node_config({**own, "shape": "32x32x3"})
+    conf = cfg.build({**small_run.BASE, "model.name": "torchvision:resnet18"})
+    assert node.DeployedNode(facts, conf).spec.name == "torchvision:resnet18"
+
+
 def test_a_loader_of_the_operators_own_needs_no_further_word(own, tmp_path, monkeypatch):
     (tmp_path / "own_rows.py").write_text(
         "import numpy as np\nfrom fed_dpprune.data.dataset import Examples\n\n"
