@@ -49,16 +49,15 @@ class ClientPolicy:
     """What one client allows.
 
     Attributes:
-        max_epsilon: Largest epsilon over all runs of the ledger, after the charge; None for no limit (a simulation's
-            alone: a node always has one).
-        delta: Of every claim of this client; None for anything below 1 / nominal size (a simulation's alone).
+        max_epsilon: Largest epsilon over all runs of the ledger, after the charge; None for no limit.
+        delta: The one delta of every claim; None takes that of the ledger, and is for plans alone.
         min_noise_multiplier: Smallest noise multiplier; zero noise is refused in any case.
         max_sample_rate: Largest sample rate.
         max_steps_per_round: Most private steps in one round.
         allow_releases: Names of releases beside the update that may leave.
         allow_provenance: Where supports may come from.
         max_clip_norm: Largest clip norm, None for that of the arithmetic.
-        accountant: That the node's ledger counts by; None where it is the run's (a simulation's alone).
+        accountant: The one that counts; None takes that of the ledger, and is for plans alone.
         unit: Of privacy; None as before.
     """
 
@@ -68,7 +67,7 @@ class ClientPolicy:
     max_sample_rate: float = 1.0
     max_steps_per_round: int = 1000
     allow_releases: tuple[str, ...] = ()
-    allow_provenance: tuple[str, ...] = ALLOWABLE
+    allow_provenance: tuple[str, ...] = ("random", "data-free", "public")
     max_clip_norm: float | None = None
     accountant: str | None = None
     unit: str | None = None
