@@ -260,7 +260,7 @@ def test_a_hello_or_a_malformed_request_writes_no_ledger(own, asked):
 def test_a_ledger_that_counts_at_another_delta_is_not_charged(own, asked):
     assert status(answer(own, asked)) == "ok"
     facts = node.read_node_config(own | {"policy-delta": 2e-4})
-    with pytest.raises(LedgerError, match=r"counts at delta 0.0001, policy-delta says 0.0002"):
+    with pytest.raises(LedgerError, match=r"delta.*0\.0001.*0\.0002"):
         node.open_ledger(facts)
 
 
