@@ -429,3 +429,15 @@ def test_a_hello_is_logged_with_whose_code_the_supernode_runs(own, caplog, monke
     answer(own)
     said = {(r.getMessage(), r.levelno) for r in caplog.records if "this SuperNode" in r.getMessage()}
     assert said == {(f"this SuperNode {bundles.WORDS[word]}", logging.INFO if word == bundles.SIGNED else logging.WARNING)}
+
+
+@pytest.mark.parametrize("kind", ["query", "train"])
+def test_a_message_without_content_gets_a_word_and_no_text(own, kind):
+    from flwr.app import Error
+
+    asked = message(RecordDict(), kind)
+    empty = Message(Error(code=1, reason="made up"), metadata=asked.metadata)
+    run = cfg.to_run_config(small_run.config())
+    context = Context(run_id=1, node_id=1, node_config=own, state=RecordDict(), run_config=run)
+    reply = apps.make_client_app()(empty, context)
+    assert {name: dict(record) for name, record in reply.content.items()} == {"hello": {"status": "internal-error"}}

@@ -117,8 +117,8 @@ def make_client_app() -> ClientApp:
     @app.query()
     def query(message: Message, context: Context) -> Message:
         _speak_to_the_operator()
-        _say_whose_code_this_is(context)
         try:
+            _say_whose_code_this_is(context)
             return Message(_runtime(context).hello(message.content), reply_to=message)
         except Exception as error:
             return _failed(message, error)
@@ -127,10 +127,10 @@ def make_client_app() -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         _speak_to_the_operator()
         try:
-            runtime = _runtime(context)
+            runtime, content = _runtime(context), message.content
         except Exception as error:
             return _failed(message, error)
-        return Message(runtime.train(message.content), reply_to=message)
+        return Message(runtime.train(content), reply_to=message)
 
     return app
 
