@@ -121,11 +121,55 @@ def build_parser() -> Parser:
     sub = command("export-app", export_app, "write the Flower app folder for `flwr run`", "fed-dpprune export-app my-app")
     sub.add_argument("dir", type=Path, metavar="DIR")
 
+    _node_arguments(
+        commands.add_parser(
+            "node",
+            help="write and check the file of a SuperNode",
+            description="Write and check the file of a SuperNode.",
+            epilog=NODE_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+
     sub = command("sweep", sweep, "run many experiments from one study file", "fed-dpprune sweep study.toml --jobs 2")
     sub.add_argument("study", type=Path, metavar="STUDY")
     sub.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (inline backend)")
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the runs go")
     return parser
+
+
+NODE_EXAMPLES = """examples:
+  fed-dpprune node init /data/mine.npz -o node.toml
+  fed-dpprune node check node.toml
+  flower-supernode --node-config node.toml --superlink HOST:8000 --root-certificates ca.crt --trusted-entities keys.yaml"""
+
+
+def _node_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": NODE_EXAMPLES}
+    sub = commands.add_parser("init", help="write a node's file from its data", description=NODE_INIT, **shape)
+    sub.add_argument("data", metavar="DATA", help="a .npz, a folder of images, a data set by name, package.module:function")
+    sub.add_argument("-o", "--out", type=Path, metavar="FILE", help="a new .toml file (default: the screen)")
+    sub.add_argument("--partition-id", type=int, default=0, metavar="N", help="which of the run's nodes this is (default: 0)")
+    sub.add_argument("--num-partitions", type=int, metavar="N", help="so many nodes share this data (default: it is its own)")
+    sub.add_argument("--ledger", type=Path, metavar="FILE", help="the budget's file (default: ledger-N/ beside FILE)")
+    sub.add_argument("--max-epsilon", type=float, metavar="X", help="largest epsilon over all runs")
+    sub.add_argument("--min-noise-multiplier", type=float, metavar="X", help="smallest noise multiplier")
+    sub.add_argument("--delta", type=float, metavar="X", help="of every claim (default: below 1 / (10 x nominal size))")
+    sub.add_argument("--accountant", metavar="NAME", help="pld, rdp or prv (default: pld)")
+    sub.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    sub.set_defaults(command=node_init)
+    sub = commands.add_parser("check", help="check everything before a node serves", description=NODE_CHECK, **shape)
+    sub.add_argument("file", type=Path, metavar="FILE", help="a node's .toml file")
+    sub.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    sub.set_defaults(command=node_check)
+
+
+NODE_INIT = """Write a node's file from its data: shape, classes and the number of rows, rounded to two significant
+digits (the file says which values become public). Limits that are not given here are proposed in the file, for
+you to decide on."""
+NODE_CHECK = """Check that a node's file is complete, its data can be read, its ledger can be written, and versions fit.
+Counts of rows are shown on this screen and go nowhere else. Exit code 0 when the node may serve, 2 when not."""
 
 
 def _config_arguments(sub: argparse.ArgumentParser) -> None:
@@ -329,6 +373,40 @@ def export_app(arguments: argparse.Namespace) -> int:
     for path in exporting.write(arguments.dir):
         print(path)
     return 0
+
+
+def node_init(arguments: argparse.Namespace) -> int:
+    """`fed-dpprune node init`."""
+    from fed_dpprune import node_file
+
+    wishes = node_file.Wishes(
+        arguments.partition_id,
+        arguments.num_partitions,
+        None if arguments.ledger is None else arguments.ledger.expanduser().absolute(),
+        arguments.max_epsilon,
+        arguments.min_noise_multiplier,
+        arguments.delta,
+        arguments.accountant,
+    )
+    text = node_file.init(arguments.data, arguments.out, wishes)
+    if arguments.out is None:
+        print(text, end="")
+    else:
+        print(f"wrote {arguments.out}; read it, then: fed-dpprune node check {arguments.out}")
+    return 0
+
+
+def node_check(arguments: argparse.Namespace) -> int:
+    """`fed-dpprune node check`."""
+    from fed_dpprune import node_file
+
+    report = node_file.check(arguments.file)
+    for line in report.lines:
+        print(line)
+    for problem in report.problems:
+        console.print_error(problem)
+    print("the node does not serve like this" if report.problems else "the node may serve")
+    return 2 if report.problems else 0
 
 
 def sweep(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fed_dpprune
+from fed_dpprune import bundles
 from fed_dpprune.console import Screen
 from fed_dpprune.places import cache_root, data_root, why_not_alone
 from fed_dpprune.records import to_json
@@ -27,6 +28,9 @@ PYTHON_FROM = (3, 11)
 SHARED_MEMORY_WANTED = 10**9
 MEMORY_WANTED = 4 * 10**9
 TOOL_PATIENCE_S = 1.5
+NO_SUPERNODE = (
+    "one started without --trusted-entities runs whatever code the server's side submits, and nothing here holds against that"
+)
 DOWNLOADABLE = " (or have a network)"
 
 Report = dict[str, Any]
@@ -77,6 +81,20 @@ def _packages() -> Report:
         name: {"version": _version(name), "wanted": wanted, "fits": fits}
         for name, wanted, fits in _requirements("fed-dpprune", "")
     }
+
+
+def misfits() -> list[str]:
+    """One line for each package that is missing or of another version than this one needs."""
+    return [
+        f"{name} {package['version'] or 'is missing'}: {name}{package['wanted']} is needed"
+        for name, package in _packages().items()
+        if not package["fits"]
+    ]
+
+
+def _supernodes() -> Report:
+    """The SuperNodes that run on this machine, as far as this user can see, and whose code they run."""
+    return {str(pid): word for pid, word in bundles.of_this_machine().items()}
 
 
 def _ray() -> Report:
@@ -207,6 +225,7 @@ def collect() -> Report:
         "kernel": _kernel(),
         "data": _data(),
         "cache": _cache(),
+        "supernodes": _supernodes(),
         "network": "a simulation needs no open port; a deployment needs the SuperLink's (8000 by default), seen from its nodes",
     }
     return {**report, "advice": list(_advice(report))}
@@ -232,6 +251,9 @@ def _advice(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"the package's code: {report['code']['not_alone']}"
     if cache["not_alone"]:
         yield f"the cache, which is not used: {cache['not_alone']}"
+    for pid, word in report["supernodes"].items():
+        if word != bundles.SIGNED:
+            yield f"flower-supernode {pid}: {bundles.WORDS[word]}"
     if not cache["writable"]:
         yield f"{cache['path']}: the cache cannot be written; set FED_DPPRUNE_CACHE to a folder that can"
 
@@ -274,6 +296,10 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"kernel       {'built: ' + kernel['path'] if kernel['available'] else kernel['reason']}"
     yield f"cache        {cache['path']} ({cache['bytes'] / 1e6:.1f} MB, {'writable' if cache['writable'] else 'NOT writable'})"
     yield f"network      {report['network']}"
+    for pid, word in report["supernodes"].items():
+        yield f"supernode    process {pid} {bundles.WORDS[word]}"
+    if not report["supernodes"]:
+        yield f"supernode    none seen; {NO_SUPERNODE}"
     yield f"data         FED_DPPRUNE_DATA = {data['root'] or '(not set)'}"
     for name, where in data["found"].items():
         yield f"  found      {name}: {where}"

@@ -81,6 +81,25 @@ def config(**changes: Any) -> cfg.Config:
     return cfg.build({**BASE, **changes})
 
 
+def node_config(folder: Path, partition: int = 0, **changes: Any) -> dict[str, Any]:
+    """The node-config of one of four nodes that share the digits; a change to None drops the key."""
+    node = {
+        "partition-id": partition,
+        "num-partitions": 4,
+        "data": "digits",
+        "nominal-size": 337,
+        "classes": 10,
+        "shape": "64",
+        "ledger": str(folder / f"{partition}.sqlite"),
+        "accountant": "rdp",
+        "policy-delta": 1e-4,
+        "policy-max-epsilon": 50.0,
+        "policy-min-noise-multiplier": 1.0,
+        **changes,
+    }
+    return {key: value for key, value in node.items() if value is not None}
+
+
 class Tap(InlineGrid):
     """An inline grid that keeps what passes, and that a test may bend by overriding `asked` and `answered`.
 

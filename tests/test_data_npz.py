@@ -75,9 +75,9 @@ def test_labels_agree_with_the_loaded_set(tmp_path, save):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_labels_read_nothing_of_the_features_but_their_header(tmp_path, monkeypatch, save):
     data = write(tmp_path, save=save)
-    read = npz._member
+    read = npz.read_member
     seen = []
-    monkeypatch.setattr(npz, "_member", lambda path, key: seen.append(key) or read(path, key))
+    monkeypatch.setattr(npz, "read_member", lambda path, key: seen.append(key) or read(path, key))
     registry.labels(data, 0)
     assert sorted(seen) == ["y_test", "y_train"]
 

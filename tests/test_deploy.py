@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from fed_dpprune.privacy.accountants import table
 from fed_dpprune.privacy.history import Entry
@@ -78,10 +79,24 @@ class Deployment:
     def ledger(self, partition: int) -> Path:
         return self.folder / f"node{partition}" / "ledger.sqlite"
 
-    def node(self, partition: int, policy: str = "") -> subprocess.Popen[bytes]:
-        config = f'partition-id={partition} num-partitions=2 nominal-size={SIZE} ledger="{self.ledger(partition)}" {policy}'
+    def node(self, partition: int, max_epsilon: float = 50.0) -> subprocess.Popen[bytes]:
+        config = {
+            "partition-id": partition,
+            "num-partitions": 2,
+            "data": "digits",
+            "nominal-size": SIZE,
+            "classes": 10,
+            "shape": "64",
+            "ledger": str(self.ledger(partition)),
+            "accountant": "pld",
+            "policy-delta": DELTA,
+            "policy-max-epsilon": max_epsilon,
+            "policy-min-noise-multiplier": NOISE,
+        }
+        file = self.folder / f"node{partition}.toml"
+        file.write_text(tomli_w.dumps(config))
         ports = ("--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port()))
-        return self.start(f"node{partition}", "flower-supernode", "--insecure", *ports, "--node-config", config.strip())
+        return self.start(f"node{partition}", "flower-supernode", "--insecure", *ports, "--node-config", str(file))
 
     def submit(self) -> subprocess.Popen[bytes]:
         overrides = (
@@ -124,7 +139,7 @@ def deployment(tmp_path_factory) -> Iterator[Deployment]:
     try:
         made.superlink()
         first = made.node(0)
-        made.node(1, f"policy-max-epsilon={sum(costs) / 2}")
+        made.node(1, sum(costs) / 2)
         made.submit()
         made.wait_for_rounds(1)
         kill(first)
@@ -171,3 +186,7 @@ def test_ledgers_are_for_their_owner_alone(deployment):
         path = deployment.ledger(partition)
         assert path.stat().st_mode & 0o077 == 0
         assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_nodes_own_log_says_whose_code_it_runs(deployment):
+    assert "runs whatever code the server's side submits" in (deployment.folder / "node0.log").read_text()

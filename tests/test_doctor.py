@@ -158,3 +158,18 @@ def test_a_cache_or_a_package_that_others_can_write_is_told_with_what_to_do(tmp_
     assert report["cache"]["not_alone"].startswith(reason) and report["code"]["not_alone"].startswith(reason)
     told = [line for line in report["advice"] if reason in line]
     assert [line.partition(":")[0] for line in told] == ["the package's code", "the cache, which is not used"]
+
+
+@pytest.mark.parametrize("word", ["signed", "any", "unknown"])
+def test_whose_code_a_running_supernode_runs_is_said_and_advised_upon(monkeypatch, word):
+    monkeypatch.setattr(doctor.bundles, "of_this_machine", lambda: {4711: word})
+    report = doctor.collect()
+    assert report["supernodes"] == {"4711": word}
+    text = " ".join(_text(report).split())
+    assert f"process 4711 {doctor.bundles.WORDS[word]}" in text
+    assert any("4711" in line for line in report["advice"]) == (word != "signed")
+
+
+def test_without_a_supernode_the_option_is_named_all_the_same(monkeypatch):
+    monkeypatch.setattr(doctor.bundles, "of_this_machine", dict)
+    assert "started without --trusted-entities runs whatever code" in " ".join(_text(doctor.collect()).split())

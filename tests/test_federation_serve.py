@@ -25,10 +25,7 @@ class Nodes(small_run.Tap):
     """Four SuperNodes as their operators started them."""
 
     def __init__(self, conf: cfg.Config, folder: Path, **own: dict[str, Any]) -> None:
-        nodes = [
-            {"partition-id": p, "num-partitions": 4, "ledger": str(folder / f"{p}.sqlite"), **own.get(f"node{p}", {})}
-            for p in range(4)
-        ]
+        nodes = [small_run.node_config(folder, p, **own.get(f"node{p}", {})) for p in range(4)]
         super().__init__(apps.make_client_app(), nodes)
         for context in self._contexts.values():
             context.run_config = cfg.to_run_config(conf)
@@ -66,7 +63,7 @@ def test_every_node_charges_its_own_ledger_what_the_server_records(tmp_path):
     out = serve(conf, Nodes(conf, tmp_path))
     made = small_run.summary(out)
     assert made["status"] == "complete"
-    assert made["privacy"]["noise_source"] == "os-entropy"
+    assert (made["privacy"]["noise_source"], made["privacy"]["simulation"]) == ("os-entropy", False)
     for partition in range(4):
         assert charged(tmp_path, partition) == made["privacy"]["steps_by_client"][str(partition)] == 8
     assert not (out / "ledger.sqlite").exists()
@@ -105,9 +102,9 @@ def test_a_nodes_own_limit_stops_it_alone_and_is_not_counted(tmp_path):
 
 def test_a_node_without_a_ledger_takes_no_part(tmp_path):
     conf = small_run.config()
-    out = serve(conf, Nodes(conf, tmp_path, node3={"ledger": ""}))
-    rows = [row for row in small_run.clients(out) if row["client"] == 3]
-    assert {(row["status"], row["reason"], row["steps"]) for row in rows} == {("refused", "no-ledger", 0)}
+    with pytest.raises(RunStopped, match="node-not-configured"):
+        serve(conf, Nodes(conf, tmp_path, node3={"ledger": None}))
+    assert not list(tmp_path.glob("*.sqlite"))
 
 
 def test_a_run_that_stops_short_is_recorded_and_raised(tmp_path):
@@ -131,3 +128,29 @@ def test_clients_per_round_holds_in_a_deployment_too(tmp_path):
     conf = small_run.config(**{"federation.clients-per-round": 2})
     out = serve(conf, Nodes(conf, tmp_path))
     assert {row["clients"]["asked"] for row in small_run.rounds(out)} == {2}
+
+
+class Simulated(Nodes):
+    """The clients of Flower's simulation: the engine's node-config, and every message handled by its actor."""
+
+    def __init__(self, conf: cfg.Config, folder: Path) -> None:
+        super().__init__(conf, folder)
+        for partition, context in enumerate(self._contexts.values()):
+            context.node_config = {"partition-id": partition, "num-partitions": 4}
+
+    def _handle(self, message: Message) -> Message:
+        from flwr.simulation.ray_transport.ray_actor import VirtualClientEngineActor
+
+        class Actor(VirtualClientEngineActor):
+            pass
+
+        handle = super()._handle
+        return Actor().run(lambda: lambda message, context: handle(message), message, "0", None)[1]
+
+
+def test_flowers_own_simulation_is_labelled_as_one(tmp_path, capfd):
+    conf = small_run.config(**{"federation.rounds": 2})
+    made = small_run.summary(serve(conf, Simulated(conf, tmp_path)))
+    assert (made["status"], made["privacy"]["simulation"]) == ("complete", True)
+    assert made["privacy"]["nominal_sizes"] == {str(p): 337 for p in range(4)}
+    assert not list(tmp_path.glob("*.sqlite"))

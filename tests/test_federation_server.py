@@ -73,7 +73,11 @@ LIES: dict[str, tuple[Any, str, str]] = {
         "rejected",
         "record 'update' does not have its declared size",
     ),
-    "refusal": (lambda c: with_record(RecordDict({"reply": c["reply"]}), "reply", status="no-ledger"), "refused", "no-ledger"),
+    "refusal": (
+        lambda c: with_record(RecordDict({"reply": c["reply"]}), "reply", status="config-mismatch"),
+        "refused",
+        "config-mismatch",
+    ),
     "failure": (
         lambda c: with_record(RecordDict({"reply": c["reply"]}), "reply", status="internal-error"),
         "failed",

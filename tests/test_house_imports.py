@@ -12,7 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fed_dpprune"
 
 # Anyone may import these; they import each other at most.
-LEAVES = {"config", "dotted", "errors", "places", "randomness", "records", "sparsity.support", "models.flat", "__init__"}
+LEAVES = {
+    "bundles",
+    "config",
+    "dotted",
+    "errors",
+    "places",
+    "randomness",
+    "records",
+    "sparsity.support",
+    "models.flat",
+    "__init__",
+}
 # What a room may import besides itself and the leaves. A name stands for all that lies under it.
 ARROWS: dict[str, set[str]] = {
     "comm": set(),
@@ -30,8 +41,10 @@ ARROWS: dict[str, set[str]] = {
     "study": {"federation", "console", "plan", "estimate", "comm", "data", "dpsgd", "models", "privacy", "sparsity"},
     "starter": set(),
     "doctor": {"console", "data", "dpsgd", "privacy"},
+    "node_file": {"doctor", "federation", "data", "privacy"},
     "cli": {
         "study",
+        "node_file",
         "doctor",
         "starter",
         "federation",

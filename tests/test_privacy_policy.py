@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fed_dpprune import config
 from fed_dpprune.errors import ClientFault, ConfigError
-from fed_dpprune.privacy.policy import REFUSAL_CODES, ClientPolicy
+from fed_dpprune.privacy.policy import MOST_CLIP_NORM, REFUSAL_CODES, REQUIRED_KEYS, ClientPolicy
 
 POLICY = ClientPolicy(max_epsilon=4.0, delta=1e-4, min_noise_multiplier=1.0, max_sample_rate=0.5, max_steps_per_round=10)
 FINE: dict[str, Any] = {
@@ -99,35 +99,67 @@ def test_the_policy_of_a_simulation_is_the_configs() -> None:
 
 def test_the_policy_of_a_node_is_its_operators() -> None:
     node = {
-        "partition-id": 3,
-        "ledger": "client.sqlite",
+        **NODE,
         "policy-max-epsilon": 2,
-        "policy-min-noise-multiplier": 1.5,
         "policy-max-sample-rate": 0.1,
         "policy-max-steps-per-round": 7,
-        "policy-delta": 1e-6,
         "policy-allow-provenance": "random, public",
+        "policy-max-clip-norm": 4,
     }
-    assert ClientPolicy.from_node_config(node) == ClientPolicy(2.0, 1e-6, 1.5, 0.1, 7, (), ("random", "public"))
-    assert ClientPolicy.from_node_config({"data": "x"}) == ClientPolicy()
+    assert ClientPolicy.from_node_config(node) == ClientPolicy(
+        2.0, 1e-6, 1.5, 0.1, 7, (), ("random", "public"), 4.0, "rdp", "example"
+    )
+
+
+NODE = {
+    "partition-id": 3,
+    "ledger": "client.sqlite",
+    "nominal-size": 1000,
+    "accountant": "rdp",
+    "policy-max-epsilon": 3.0,
+    "policy-min-noise-multiplier": 1.5,
+    "policy-delta": 1e-6,
+}
+
+
+@pytest.mark.parametrize("key", ["nominal-size", "accountant", *REQUIRED_KEYS])
+def test_what_a_node_leaves_out_is_an_error_and_no_number_of_ours(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"node-config {key}: is missing"):
+        ClientPolicy.from_node_config({name: value for name, value in NODE.items() if name != key})
+
+
+def test_what_a_node_may_leave_out_is_bounded_all_the_same() -> None:
+    policy = ClientPolicy.from_node_config(NODE)
+    assert (policy.max_sample_rate, policy.max_steps_per_round, policy.max_clip_norm) == (1.0, 1000, MOST_CLIP_NORM)
+    assert (policy.allow_releases, policy.allow_provenance) == ((), ("random", "data-free", "public"))
 
 
 @pytest.mark.parametrize(
-    "node",
+    "change",
     [
         {"policy-max-epsilom": 2.0},
         {"policy-max-epsilon": -1.0},
         {"policy-max-epsilon": "two"},
+        {"policy-max-epsilon": "2.0"},
+        {"policy-max-epsilon": math.inf},
+        {"policy-max-epsilon": math.nan},
+        {"policy-max-epsilon": True},
+        {"policy-min-noise-multiplier": 0},
+        {"policy-min-noise-multiplier": math.nan},
         {"policy-max-sample-rate": 1.5},
         {"policy-max-steps-per-round": 0},
+        {"policy-max-steps-per-round": 7.0},
+        {"policy-max-clip-norm": 1e7},
         {"policy-delta": 2.0},
         {"policy-delta": "small"},
+        {"policy-delta": 1e-3},
+        {"accountant": "gdp"},
     ],
     ids=str,
 )
-def test_a_limit_that_is_misspelt_or_impossible_is_never_no_limit(node: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="node-config"):
-        ClientPolicy.from_node_config(node)
+def test_a_limit_that_is_misspelt_or_impossible_is_never_no_limit(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="node-config " + next(iter(change))):
+        ClientPolicy.from_node_config(NODE | change)
 
 
 @pytest.mark.parametrize("code", REFUSAL_CODES)

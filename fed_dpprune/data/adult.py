@@ -77,6 +77,20 @@ def labels(data: config.Data, seed: int) -> Labels:
     return Labels(y_train, len(CLASSES), (FEATURES,), None, int(y_test.size))
 
 
+def node_rows() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The people of adult.data for a node, each line read by itself; -1 as the label of a line that does not read."""
+    lines = _rows("data", errors="replace")
+    features = np.zeros((len(lines), FEATURES), dtype=np.float32)
+    found = np.full(len(lines), -1, dtype=np.int64)
+    for place, line in enumerate(lines):
+        try:
+            one = _table_examples([[cell.strip() for cell in line.split(",")]], "data")
+        except Exception:  # whatever a line makes its reader raise, it is one person who is absent
+            continue
+        features[place], found[place] = one.x[0], one.y[0]
+    return features, found
+
+
 def find(part: str) -> Path | None:
     """adult.data or adult.test, packed or not; None when it is not there."""
     root = data_root()
@@ -86,14 +100,14 @@ def find(part: str) -> Path | None:
     return None
 
 
-def _rows(part: str) -> list[str]:
+def _rows(part: str, errors: str = "strict") -> list[str]:
     """Lines with data: adult.test opens with a comment, adult.data ends with an empty line."""
     path = find(part)
     if path is None:
         raise DataError("data.dataset = adult", f"adult.{part} not found", WANTED)
     try:
         blob = path.read_bytes()
-        text = (gzip.decompress(blob) if path.suffix == ".gz" else blob).decode("ascii")
+        text = (gzip.decompress(blob) if path.suffix == ".gz" else blob).decode("ascii", errors)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(str(path), f"cannot be read ({error})") from None
     return [line for line in text.splitlines() if line.strip() and not line.startswith("|")]
@@ -107,7 +121,10 @@ def _labels(words: list[str], part: str) -> NDArray[np.int64]:
 
 
 def _examples(part: str) -> Examples:
-    table = [[cell.strip() for cell in row.split(",")] for row in _rows(part)]
+    return _table_examples([[cell.strip() for cell in row.split(",")] for row in _rows(part)], part)
+
+
+def _table_examples(table: list[list[str]], part: str) -> Examples:
     if any(len(row) != COLUMNS for row in table):
         raise DataError(f"adult.{part}", f"a row has not {COLUMNS} columns", ADVICE)
     columns = list(zip(*table, strict=True))

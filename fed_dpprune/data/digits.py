@@ -56,6 +56,12 @@ def load(data: config.Data, seed: int) -> Dataset:
     return Dataset("digits", Examples(x[train], y[train], GREYS), Examples(x[test], y[test], GREYS), 10, (FEATURES,))
 
 
+def node_rows() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """All rows and labels, for a node: no split, so that no row's part depends on another row."""
+    table = _table()
+    return np.ascontiguousarray(table[:, :FEATURES]), table[:, FEATURES].astype(np.int64)
+
+
 def labels(data: config.Data, seed: int) -> Labels:
     """Labels and shapes; the file is so small that reading it whole is the quickest way."""
     return load(data, seed).labels()

@@ -6,7 +6,10 @@ makes a new copy.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from fed_dpprune.data.dataset import Dataset, Labels
 from fed_dpprune.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 GREY = ("1", "L", "LA", "I", "I;16", "F")
 
 
@@ -79,6 +83,75 @@ def arrays(root: Path) -> dict[str, NDArray[Any]]:
                 raise DataError(str(path), f"has shape {image.shape}, not {images[0].shape}", "make all images alike")
         found[f"x_{part}"], found[f"y_{part}"] = np.stack(images), np.array([label for _, label in files])
     return found
+
+
+def node_rows(root: Path, shape: tuple[int, ...], names: tuple[str, ...]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The images of train/ for a node, each decided by itself, unlike `arrays`.
+
+    One that cannot be read, or of another size or colour than declared, is left out; a folder that is not one of `names`
+    is no class.
+
+    Args:
+        root: Holds train/<class>/.
+        shape: Of one example, channels first.
+        names: The classes' folders in the order of their numbers; empty where folders are named 0, 1, 2, ...
+
+    Returns:
+        Images, shape (N, *shape), and labels; -1 for a folder whose name is no number.
+
+    Raises:
+        DataError: There is no folder train/.
+    """
+    if not (root / "train").is_dir():
+        raise DataError(str(root), "has no folder train", "make train/<class>/ with images")
+    listing = hashlib.blake2b(repr((str(root.resolve()), shape, names)).encode(), digest_size=8)
+    files = [path for path in sorted((root / "train").glob("*/*")) if path.suffix.lower() in SUFFIXES]
+    for path in files:
+        with contextlib.suppress(OSError):  # a link to nothing is an image that cannot be read
+            status = path.stat()
+            listing.update(f"{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
+    made = cached.npz(f"node-folder-{listing.hexdigest()}", lambda: _fitting(files, shape, names))
+    return npz.channels_first(npz.read_member(made, "x_train"), "x_train", str(root)), npz.read_member(made, "y_train")
+
+
+def describe(root: Path) -> tuple[tuple[int, ...], int, tuple[str, ...]]:
+    """(most frequent shape of an image, channels first; number of classes; their names unless they are 0, 1, 2, ...).
+
+    Raises:
+        DataError: No folder train/, or no image in it that can be read.
+    """
+    names = sorted(path.name for path in (root / "train").glob("*/") if path.is_dir())
+    shapes: Counter[tuple[int, ...]] = Counter()
+    for path in (root / "train").glob("*/*"):
+        if path.suffix.lower() in SUFFIXES:
+            with contextlib.suppress(Exception):  # as in `_fitting`
+                shapes[_pixels(path).shape] += 1
+    if not shapes:
+        raise DataError(str(root), "has no folder train/<class>/ with images that can be read", "see README.md for the form")
+    height, width, *channels = shapes.most_common(1)[0][0]
+    numbered = all(_NUMBER.fullmatch(name) for name in names)
+    classes = 1 + max(map(int, names)) if numbered else len(names)
+    return (*(channels or [1]), height, width), classes, () if numbered else tuple(names)
+
+
+def _fitting(files: list[Path], shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    """x_train, shape (N, height, width, channels), and y_train of the images that have the declared shape."""
+    code = {name: label for label, name in enumerate(names)}
+    images: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    for path in files:
+        folder = path.parent.name
+        label = code.get(folder, -1) if names else int(folder) if _NUMBER.fullmatch(folder) else -1
+        try:
+            image = _pixels(path)
+        except Exception:  # whatever a damaged file makes its decoder raise, it is one image that is absent
+            continue
+        image = image if image.ndim == 3 else image[:, :, None]
+        if image.transpose(2, 0, 1).shape == shape:
+            images.append(image)
+            labels.append(label)
+    empty = np.zeros((0, *shape[1:], shape[0]) if len(shape) == 3 else (0, 1, 1, 1), dtype=np.uint8)
+    return {"x_train": np.stack(images) if images else empty, "y_train": np.array(labels, dtype=np.int64)}
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:

@@ -66,6 +66,21 @@ def labels(data: config.Data, seed: int) -> Labels:
     return Labels(y[train], 2, (FEATURES,), hospital[train], int(test.size))
 
 
+def node_rows() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """All patients for a node, each line read by itself: no split, and -1 as the label of a line that does not read."""
+    features: list[list[float]] = []
+    labels_: list[int] = []
+    for name in HOSPITALS:
+        for line in _lines(_found(name)):
+            try:
+                row = _row(line, Path(name))
+            except DataError:
+                row = [math.nan] * COLUMNS
+            features.append(_features(row))
+            labels_.append(-1 if math.isnan(row[-1]) else int(row[-1] > 0))
+    return np.array(features, dtype=np.float32).reshape(-1, FEATURES), np.array(labels_, dtype=np.int64)
+
+
 def find(hospital: str) -> Path | None:
     """The file of one hospital; None when it is not there."""
     root = data_root()
@@ -78,14 +93,23 @@ def _table() -> tuple[list[list[float]], NDArray[np.int64], NDArray[np.int64]]:
     rows: list[list[float]] = []
     hospitals: list[int] = []
     for number, name in enumerate(HOSPITALS):
-        path = find(name)
-        if path is None:
-            raise DataError("data.dataset = heart-disease", f"processed.{name}.data not found", WANTED)
-        lines = [line for line in path.read_text(encoding="ascii", errors="replace").splitlines() if line.strip()]
+        path = _found(name)
+        lines = _lines(path)
         rows += [_row(line, path) for line in lines]
         hospitals += [number] * len(lines)
     y = np.array([row[-1] > 0 for row in rows], dtype=np.int64)
     return rows, y, np.array(hospitals, dtype=np.int64)
+
+
+def _found(name: str) -> Path:
+    path = find(name)
+    if path is None:
+        raise DataError("data.dataset = heart-disease", f"processed.{name}.data not found", WANTED)
+    return path
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="ascii", errors="replace").splitlines() if line.strip()]
 
 
 def _row(line: str, path: Path) -> list[float]:

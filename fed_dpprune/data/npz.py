@@ -44,7 +44,7 @@ def load_file(file: str | Path, name: str, notes: tuple[str, ...] = ()) -> Datas
     Raises:
         DataError: The file is missing or not an .npz; a key is missing; a type, shape or label does not fit.
     """
-    arrays = {key: _member(Path(file).expanduser(), key) for key in KEYS}
+    arrays = {key: read_member(Path(file).expanduser(), key) for key in KEYS}
     train, test = (_examples(arrays, part, str(file)) for part in ("train", "test"))
     classes = _classes(Path(file).expanduser(), max(int(train.y.max()), int(test.y.max())))
     return Dataset(name, train, test, classes, train.shape, notes=notes)
@@ -53,9 +53,9 @@ def load_file(file: str | Path, name: str, notes: tuple[str, ...] = ()) -> Datas
 def labels_file(file: str | Path) -> Labels:
     """What `plan` may read of one file. See `load_file` for errors."""
     path = Path(file).expanduser()
-    y_train, y_test = (_labels(_member(path, key), key, str(file)) for key in ("y_train", "y_test"))
+    y_train, y_test = (_labels(read_member(path, key), key, str(file)) for key in ("y_train", "y_test"))
     x_train = _blank(path, "x_train")
-    shape = tuple(_channels_first(x_train, "x_train", str(file)).shape[1:])
+    shape = tuple(channels_first(x_train, "x_train", str(file)).shape[1:])
     _same_length(x_train, y_train, "train", str(file))
     if not (y_train.size and y_test.size):
         raise DataError(str(file), "has no rows in y_train or y_test")
@@ -68,13 +68,13 @@ def _classes(path: Path, highest: int) -> int:
     with zipfile.ZipFile(path) as archive:
         if "classes.npy" not in archive.namelist():
             return highest + 1
-    declared = _member(path, "classes")
+    declared = read_member(path, "classes")
     if declared.size != 1 or declared.dtype.kind not in "iu" or int(declared.reshape(())) <= highest:
         raise DataError(str(path), f"classes is not a whole number above the highest label {highest}", "save classes=10, say")
     return int(declared.reshape(()))
 
 
-def _member(path: Path, key: str) -> NDArray[Any]:
+def read_member(path: Path, key: str) -> NDArray[Any]:
     """One array of the file: a read-only memory map when stored uncompressed, else read into memory."""
     with _opened(path, key) as (archive, member):
         mapped = _map(path, member) if member.compress_type == zipfile.ZIP_STORED else None
@@ -89,7 +89,7 @@ def _blank(path: Path, key: str) -> NDArray[Any]:
     with _opened(path, key) as (archive, member), archive.open(member) as file:
         header = _header(file)
     if header is None:
-        return _member(path, key)
+        return read_member(path, key)
     shape, _, dtype = header
     if dtype.hasobject:
         raise DataError(str(path), f"{key} {PICKLED}", "save plain numbers")
@@ -148,7 +148,7 @@ def _labels(y: NDArray[Any], key: str, where: str) -> NDArray[np.int64]:
     return numbers
 
 
-def _channels_first(x: NDArray[Any], key: str, where: str) -> NDArray[Any]:
+def channels_first(x: NDArray[Any], key: str, where: str) -> NDArray[Any]:
     """N x F as it is; N x H x W gets one channel; N x H x W x C a channels-first view."""
     if x.ndim not in (2, 3, 4) or not all(x.shape[1:]):
         raise DataError(where, f"{key} has shape {x.shape}", "use N x F, N x H x W or N x H x W x C")
@@ -168,7 +168,7 @@ def _same_length(x: NDArray[Any], y: NDArray[np.int64], part: str, where: str) -
 
 def _examples(arrays: dict[str, NDArray[Any]], part: str, where: str) -> Examples:
     x, y = arrays[f"x_{part}"], _labels(arrays[f"y_{part}"], f"y_{part}", where)
-    x = _channels_first(x, f"x_{part}", where)
+    x = channels_first(x, f"x_{part}", where)
     _same_length(x, y, part, where)
     if not y.size:
         raise DataError(where, f"x_{part} has no rows")

@@ -33,6 +33,7 @@ from fed_dpprune.federation.world import build_world
 from fed_dpprune.models import registry, vector
 from fed_dpprune.models.spec import from_config
 from fed_dpprune.plan import Facts, Plan, make_plan
+from fed_dpprune.privacy import statement
 from fed_dpprune.privacy.ledger import Head, Ledger
 from fed_dpprune.privacy.policy import ClientPolicy
 from fed_dpprune.records import ClientCounts, ClientRecord, RoundRecord, read_lines
@@ -96,6 +97,7 @@ class DirRecorder(Recorder):
     ) -> None:
         self._files, self._config, self.ledger, self._store = files, config, ledger, store
         self.clock, self._noise_source = clock, noise_source
+        self.simulated = ledger is not None  # a host that holds the clients' ledger plays the clients
         self.rounds: list[RoundRecord] = []
         self._begun = time.perf_counter()
         self._before = 0.0
@@ -147,6 +149,7 @@ class DirRecorder(Recorder):
             status=status,
             reason=reason,
             noise_source=self._noise_source,
+            simulated=self.simulated,
             charged=charged,
             final=final,
         )
@@ -327,7 +330,8 @@ def serve_app(grid: Grid, config: cfg.Config, stop: threading.Event) -> None:
 
     def host(inner: Grid, sizes: tuple[int, ...]) -> HostGrid:
         ledgers.append(_open_ledger(files, config, identity))
-        recorder.ledger = ledgers[0]
+        recorder.ledger, recorder.simulated = ledgers[0], True
+        observer.note(statement.SIMULATED)
         return HostGrid(inner, LedgerGuard(ledgers[0], ClientPolicy.from_config(config.policy), dict(enumerate(sizes))))
 
     def plan_for(sizes: tuple[int, ...], known: bool) -> Plan:

@@ -56,7 +56,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _privacy(server: Server, noise_source: str, charged: dict[int, int], final: bool) -> dict[str, Any]:
+def _privacy(server: Server, noise_source: str, charged: dict[int, int], final: bool, simulated: bool) -> dict[str, Any]:
     """What was spent. Where the ledger holds more than the server has recorded (a round cut short), the ledger counts."""
     config, plan, book = server.config, server.plan, server.book
     steps = {c: max(server.steps.get(c, 0), charged.get(c, 0)) for c in range(len(plan.nominal_sizes))}
@@ -84,6 +84,7 @@ def _privacy(server: Server, noise_source: str, charged: dict[int, int], final: 
         "accountant_version": accountants.version(plan.accountant),
         "adversary": ADVERSARY,
         "noise_source": noise_source,
+        "simulation": simulated,
         "side_releases": [],
         "noise_multiplier": plan.noise_multiplier,
         "clip_norm": config.privacy.clip_norm,
@@ -104,6 +105,7 @@ def make(
     noise_source: str,
     charged: dict[int, int],
     final: bool,
+    simulated: bool,
 ) -> dict[str, Any]:
     """The summary as JSON values.
 
@@ -116,6 +118,7 @@ def make(
         reason: Why it is not complete; "" when it is.
         noise_source: The clients' label.
         charged: Steps by client in the ledger.
+        simulated: Whether server and clients are one user's simulation.
         final: False while the run goes on: figures that cost seconds are left out.
     """
     measured = [(r.accuracy, -r.round) for r in rounds if r.accuracy is not None]
@@ -137,7 +140,7 @@ def make(
             "best_round": None if best_round is None else -best_round,
         },
         "loss": {"last": rounds[-1].loss if rounds else None},
-        "privacy": _privacy(server, noise_source, charged, final),
+        "privacy": _privacy(server, noise_source, charged, final, simulated),
         "bytes": {
             "uplink": _bytes(server, "up", server.plan.uplink, sum(record.planned_up for record in rounds)),
             "downlink": _bytes(server, "down", server.plan.downlink, sum(record.planned_down for record in rounds)),

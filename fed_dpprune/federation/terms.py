@@ -38,7 +38,7 @@ REPLY_CODES: dict[str, str] = {
     "sample-rate-mismatch": "the sample rate is not the one that follows from the client's nominal size",
     "older-round": "the round is older than one that this client has already answered",
     "round-changed": "this round was already answered under other terms",
-    "no-ledger": "the node's operator has named no ledger",
+    "node-not-configured": "the node's operator has not said all that a node needs; its own log names the key",
     "ledger-failed": "the client's ledger cannot be trusted or written",
     "internal-error": "the client failed; its own log says why",
 }

@@ -6,6 +6,7 @@ code means, and what would have fitted, is worked out by whoever reads it, from 
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 from fed_dpprune import config as cfg
 from fed_dpprune.errors import ClientFault, ConfigError
+from fed_dpprune.privacy.accountants import table
+from fed_dpprune.privacy.node_values import missing, number, whole, words
 
 REFUSAL_CODES: dict[str, str] = {
     "noise-multiplier-below-policy": "the noise multiplier is below the client's smallest (policy.min-noise-multiplier)",
@@ -27,15 +30,18 @@ REFUSAL_CODES: dict[str, str] = {
 # Far inside what float32 sums of clipped gradients hold exactly enough; outside, an overflow or underflow could tell.
 LEAST_CLIP_NORM, MOST_CLIP_NORM = 1e-6, 1e6
 
+# A node must say these; no number stands in for one that is missing.
+REQUIRED_KEYS = ("policy-delta", "policy-max-epsilon", "policy-min-noise-multiplier")
 NODE_KEYS = (
-    "policy-max-epsilon",
-    "policy-min-noise-multiplier",
+    *REQUIRED_KEYS,
+    "policy-max-clip-norm",
     "policy-max-sample-rate",
     "policy-max-steps-per-round",
-    "policy-delta",
     "policy-allow-releases",
     "policy-allow-provenance",
 )
+UNIT = "example"  # the one that this version counts by
+ALLOWABLE = ("random", "data-free", "public")  # a private support is charged or refused, never allowed by a word
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,15 @@ class ClientPolicy:
 
     Attributes:
         max_epsilon: Largest epsilon over all runs of the ledger, after the charge; None for no limit.
-        delta: Largest delta of a claim, None for anything below 1 / nominal size.
+        delta: The one delta of every claim; None takes that of the ledger, and is for plans alone.
         min_noise_multiplier: Smallest noise multiplier; zero noise is refused in any case.
         max_sample_rate: Largest sample rate.
         max_steps_per_round: Most private steps in one round.
         allow_releases: Names of releases beside the update that may leave.
         allow_provenance: Where supports may come from.
+        max_clip_norm: Largest clip norm, None for that of the arithmetic.
+        accountant: The one that counts; None takes that of the ledger, and is for plans alone.
+        unit: Of privacy; None as before.
     """
 
     max_epsilon: float | None = None
@@ -59,6 +68,9 @@ class ClientPolicy:
     max_steps_per_round: int = 1000
     allow_releases: tuple[str, ...] = ()
     allow_provenance: tuple[str, ...] = ("random", "data-free", "public")
+    max_clip_norm: float | None = None
+    accountant: str | None = None
+    unit: str | None = None
 
     @classmethod
     def from_config(cls, policy: cfg.Policy, delta: float | None = None) -> ClientPolicy:
@@ -75,24 +87,34 @@ class ClientPolicy:
 
     @classmethod
     def from_node_config(cls, node: Mapping[str, Any]) -> ClientPolicy:
-        """The `policy-*` keys of a SuperNode's node-config; all others are left alone.
+        """The limits of a SuperNode: its `policy-*` keys and its accountant; all other keys are left alone.
+
+        Args:
+            node: The node-config; `nominal-size` is read too, because delta must be below 1 / nominal size.
 
         Raises:
-            ConfigError: An unknown `policy-` key (a misspelt limit must not be no limit), or an impossible value.
+            ConfigError: A required key is missing, a `policy-` key is unknown (a misspelt limit must not be no limit),
+                or a value is of the wrong type or impossible.
         """
-        unknown = [key for key in node if key.startswith("policy-") and key not in NODE_KEYS]
-        if unknown:
-            raise ConfigError(f"node-config {unknown[0]}", "is not a policy key", f"use one of {', '.join(NODE_KEYS)}")
-        given = {key.removeprefix("policy-"): value for key, value in node.items() if key in NODE_KEYS}
-        delta = given.pop("delta", "")
-        try:
-            policy = cfg.Policy.model_validate(given)
-            limit = None if delta == "" else float(delta)
-        except ValueError as error:
-            raise ConfigError("node-config policy-*", _first_line(error), "see docs/privacy.md for the keys") from None
-        if limit is not None and not 0 < limit < 1:
-            raise ConfigError("node-config policy-delta", f"{delta!r} is not between 0 and 1", "for example 1e-5")
-        return cls.from_config(policy, limit)
+        for key in node:
+            if key.startswith("policy-") and key not in NODE_KEYS:
+                near = difflib.get_close_matches(key, NODE_KEYS, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"node-config {key}", "is not a policy key", f"did you mean {near!r}?")
+        size = whole(node, "nominal-size", least=1)
+        return cls(
+            max_epsilon=number(node, "policy-max-epsilon"),
+            delta=number(node, "policy-delta", below=1 / size, bound="1 / nominal-size"),
+            min_noise_multiplier=number(node, "policy-min-noise-multiplier"),
+            max_sample_rate=number(node, "policy-max-sample-rate", default=1.0, most=1.0),
+            max_steps_per_round=whole(node, "policy-max-steps-per-round", least=1, default=1000),
+            allow_releases=words(node, "policy-allow-releases", default=()),
+            allow_provenance=words(node, "policy-allow-provenance", default=ALLOWABLE, known=ALLOWABLE),
+            max_clip_norm=number(
+                node, "policy-max-clip-norm", default=MOST_CLIP_NORM, least=LEAST_CLIP_NORM, most=MOST_CLIP_NORM
+            ),
+            accountant=_accountant(node),
+            unit=UNIT,
+        )
 
     def check(
         self,
@@ -158,6 +180,11 @@ class ClientPolicy:
         return f"{REFUSAL_CODES[code]}; {fits[code]}"
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[1:3]) if len(lines) > 1 else str(error)
+def _accountant(node: Mapping[str, Any]) -> str:
+    if "accountant" not in node:
+        raise missing("accountant")
+    name = node["accountant"]
+    if not isinstance(name, str) or name not in table.ACCOUNTANTS:
+        known = " | ".join(table.ACCOUNTANTS)
+        raise ConfigError("node-config accountant", f"{name!r} is not an accountant", f"use one of {known}")
+    return name

@@ -9,6 +9,7 @@ from fed_dpprune.privacy.cache import Figures
 from fed_dpprune.privacy.history import Entry, as_one
 
 NEIGHBOURING, SAMPLER = "add-or-remove-one", "poisson"
+SIMULATED = "a simulation: server and clients are one user's processes, so nothing is protected from whoever ran it"
 ADVERSARY = "the server, the other clients and everyone who sees any message or the model"
 
 
@@ -22,6 +23,7 @@ def statement(
     adversary: str = ADVERSARY,
     second: tuple[str, float] | None = None,
     side_releases: Sequence[str] = (),
+    simulated: bool = False,
 ) -> str:
     """Two lines: the claim with all its conditions, and what it does not cover.
 
@@ -34,6 +36,7 @@ def statement(
         adversary: Against whom the claim holds.
         second: An independent figure beside it: (accountant, epsilon).
         side_releases: What left unprotected beside the updates.
+        simulated: Whether server and clients were processes of one user's simulation.
     """
     beside = f"; {second[0]} says {second[1]:.3f}" if second else ""
     claim = (
@@ -45,6 +48,8 @@ def statement(
     )
     if noise_source == "seeded-simulation":
         limits += "; a simulation: its noise can be repeated by whoever knows the seed, so nothing is protected"
+    elif simulated:
+        limits += f"; {SIMULATED}"
     if side_releases:
         limits += f"; not covered, because released without noise: {', '.join(side_releases)}"
     return f"{claim}\n{limits}"

@@ -38,6 +38,7 @@ def claim(plan: Plan, config: Config, made: dict[str, Any]) -> Iterator[str]:
         privacy["delta"],
         accountant=privacy["accountant"],
         noise_source=privacy["noise_source"],
+        simulated=privacy.get("simulation", False),
         unit=privacy["unit"],
         second=other,
     ).splitlines()
