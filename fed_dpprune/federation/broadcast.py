@@ -35,6 +35,7 @@ from fed_dpprune.sparsity.support import Support, union
 KINDS = ("start", "join", "sync", "replay", "newest", "resync")
 METERED = {"start": "join", "join": "join", "sync": "sync", "replay": "sync", "newest": "sync", "resync": "resync"}
 PLAIN = "float32"
+MOST_MISSED = 1024  # rounds that a client plays back one by one; who missed more is sent the newest model
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Broadcast:
         size = (0, 0) if shipped is None else (shipped.k, len(mask))
         base = self.held.get(client)
         if base is not None and not resync:
-            if base < self.version and base + 1 not in self.changes:
+            if base < self.version and (base + 1 not in self.changes or self.version - base > MOST_MISSED):
                 return Parcel("newest", "", mask + self._join(values=True), (), size)
             kind, body, positions = self._update(base)
             odds = tuple(o for v in self._missed(base) for o in self.changes[v].odds)
