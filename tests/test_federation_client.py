@@ -19,8 +19,9 @@ from small_run import OwnClient, own_client, with_record
 from fed_dpprune import config as cfg
 from fed_dpprune.data.sampling import SeededUniforms, Uniforms
 from fed_dpprune.dpsgd.noise import NoiseSource, SeededNoise
-from fed_dpprune.errors import LedgerError
-from fed_dpprune.federation import messages
+from fed_dpprune.errors import ClientFault, LedgerError, WireError
+from fed_dpprune.federation import broadcast, messages
+from fed_dpprune.federation import client as client_module
 from fed_dpprune.federation.client import ClientRuntime
 from fed_dpprune.federation.model_store import model_digest
 from fed_dpprune.federation.secrets import OsSecrets, SeededSecrets
@@ -623,3 +624,41 @@ def test_an_unreadable_folder_of_models_is_a_typed_failure(met, asked, tmp_path)
         path.write_bytes(b"damaged")
     met.runtime._setup.store._memory.clear()
     assert_refused(met, asked[2], "need-resync")
+
+
+# --- messages that would cost much ----------------------------------------------------------------------------------------
+
+
+def test_what_a_client_draws_to_catch_up_is_bounded(conf, met, asked, monkeypatch):
+    """A round that says it is the ten-thousandth: the client asks for the model instead of drawing ten thousand supports."""
+    monkeypatch.setattr(broadcast, "MOST_DRAWS", 2)
+    terms, parcel = from_wire(dict(asked[2]["terms"])), messages.read_request(asked[2])
+    bench = met.runtime._setup.bench()
+    with pytest.raises(ClientFault, match="need-resync"):
+        met.runtime._update(replace(terms, round=4), parcel, parcel.payload, bench)
+
+
+@pytest.mark.parametrize("told", [b"\x80" * 8, b"\x20", b"\x0f"])
+def test_who_answered_is_told_of_this_runs_clients_and_of_few(met, asked, monkeypatch, told):
+    """Eight bytes for four clients; a client that is none; more clients than a message may make one draw supports for."""
+    monkeypatch.setattr(broadcast, "MOST_DRAWS", 3)
+    monkeypatch.setattr(client_module, "follows_from_clients", lambda *_: True)
+    terms, parcel = from_wire(dict(asked[2]["terms"])), messages.read_request(asked[2])
+    bench = met.runtime._setup.bench()
+    (begin, _) = met.runtime._setup.store.load(parcel.base)
+    with pytest.raises(WireError, match="answered"):
+        met.runtime._missed(range(1, 2), terms, parcel, told, begin, bench.layout)
+    assert len(met.runtime._missed(range(1, 2), terms, parcel, b"\x07", begin, bench.layout)) == 1
+
+
+def test_a_server_sends_the_newest_model_where_a_client_would_draw_too_much(tmp_path, monkeypatch):
+    """One of four clients is asked a round: with two draws allowed, who missed three rounds is sent the model."""
+    changes = {"federation.clients-per-round": 1, "federation.min-clients": 1, "federation.rounds": 8}
+    kinds: dict[int, set[str]] = {}
+    for most in (4096, 1):
+        with monkeypatch.context() as patched:
+            patched.setattr(broadcast, "MOST_DRAWS", most)
+            _, tap = small_run.run(small_run.config(**changes), tmp_path / str(most))
+        kinds[most] = {str(c["request"]["kind"]) for found in tap.requests.values() for c in found}
+    assert "newest" in kinds[1]
+    assert "sync" in kinds[4096]

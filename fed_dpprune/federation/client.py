@@ -313,7 +313,7 @@ class ClientRuntime:
         rounds = range(version + 1, terms.round)
         if version >= terms.round:
             raise ClientFault("older-round", f"holds version {version}")
-        if len(rounds) > broadcast.MOST_MISSED:
+        if len(rounds) > broadcast.MOST_DRAWS:
             raise ClientFault("need-resync", f"missed {len(rounds)} rounds")
         if not changes_follow(self._setup.config.sparsity, len(rounds)) and rounds:
             count, size = parcel.changed
@@ -335,14 +335,16 @@ class ClientRuntime:
             raise WireError("request", "odds do not fit the missed rounds")
         each = len(told) // len(rounds) if rounds else 0
         wanted = follows_from_clients(self._setup.config.sparsity, len(rounds))
-        if bool(told) != wanted or each * len(rounds) != len(told):
+        everyone = self._setup.config.federation.clients
+        if bool(told) != wanted or each * len(rounds) != len(told) or each > (everyone + 7) // 8:
             raise WireError("request", "who answered does not fit the missed rounds")
         supports = Supports(self._setup.config, layout, begin.survivors, terms.seed)
-        found = []
+        found, drawn = [], 0
         for place, round in enumerate(rounds):
             clients = unpack_clients(told[place * each : (place + 1) * each]) if told else (terms.client,)
-            if not clients or clients[-1] >= self._setup.config.federation.clients:
-                raise WireError("request", "nobody, or nobody of this run, answered a missed round")
+            if not clients or clients[-1] >= max(everyone, terms.client + 1) or drawn + len(clients) > broadcast.MOST_DRAWS:
+                raise WireError("request", "nobody, or nobody of this run, or too many answered a missed round")
+            drawn += len(clients)
             found.append(supports.moved(round, clients, begin.model, odds=odds[place * width : (place + 1) * width]))
         return found
 

@@ -20,6 +20,7 @@ from fed_dpprune.errors import ClientFault
 PROTOCOL = 2
 # What no honest server exceeds; checked before anything is made from the numbers.
 MOST_ODDS = 1 << 16
+MOST_STEPS = 10_000
 MOST_INT = (1 << 63) - 1
 LEAST_LEARNING_RATE, MOST_LEARNING_RATE = 1e-30, 1e30
 DIGESTS = ("run", "fingerprint", "config", "layout", "survivors", "digest", "model")
@@ -192,7 +193,7 @@ def _check_ranges(terms: RoundTerms) -> None:
     counts = (terms.round, terms.rounds, terms.survivor_count, terms.live, terms.client, terms.steps)
     if not all(0 <= count <= MOST_INT for count in counts) or not -MOST_INT - 1 <= terms.seed <= MOST_INT:
         raise ClientFault("malformed-terms", "counts")
-    if not 1 <= terms.round <= terms.rounds or terms.steps < 1 or terms.live > terms.survivor_count:
+    if not 1 <= terms.round <= terms.rounds or not 1 <= terms.steps <= MOST_STEPS or terms.live > terms.survivor_count:
         raise ClientFault("malformed-terms", "counts")
     if not LEAST_LEARNING_RATE <= terms.learning_rate <= MOST_LEARNING_RATE:
         raise ClientFault("malformed-terms", "learning rate")
