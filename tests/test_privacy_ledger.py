@@ -635,6 +635,8 @@ def test_a_ledger_of_another_delta_accountant_or_unit_is_refused(
     assert "\n" not in str(refused.value)
     with Ledger.open_or_create(path, "someone's data", mode=mode, **fixed) as opened:
         assert (opened.delta, opened.accountant, opened.unit) == (DELTA, "rdp", "example")
+    with Ledger.read(path) as shown:
+        assert (shown.delta, shown.accountant, shown.unit) == (DELTA, "rdp", "example")
 
 
 def test_a_client_whose_account_is_full_is_refused(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

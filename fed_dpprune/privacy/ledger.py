@@ -203,6 +203,7 @@ class Ledger:
             ledger._connection = sqlite3.connect(_read_address(path), uri=True, isolation_level=None)
             ledger._execute("PRAGMA trusted_schema = OFF")
         ledger._load()
+        ledger.accountant = ledger.meta.get("accountant", ledger.accountant)
         return ledger
 
     def _connect(self) -> None:
