@@ -316,6 +316,8 @@ def _policy_warnings(
                 # Which support a round has is known when it is made; the client checks its origin then.
                 provenance=next(iter(policy.allow_provenance), ""),
                 nominal_size=size,
+                accountant=config.privacy.accountant,
+                unit=config.privacy.unit,
             )
         except ClientFault as fault:
             return (f"0 of the {rounds} rounds fit: client {client} will refuse each ({policy.explain(fault.code)})",)

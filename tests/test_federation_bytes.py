@@ -176,7 +176,7 @@ def test_requests_and_replies_hold_the_allowed_fields_alone(weighed):
     terms = {
         "run", "round", "rounds", "fingerprint", "config", "layout", "seed", "survivors", "survivor-count", "digest", "live",
         "provenance", "model", "client", "sample-rate", "noise-multiplier", "clip-norm", "steps", "learning-rate", "delta",
-        "protocol", "odds",
+        "accountant", "unit", "protocol", "odds",
     }  # fmt: skip
     for contents in grid.requests.values():
         for content in contents:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -16,9 +20,13 @@ from small_run import OwnClient, own_client, with_record
 from fed_dpprune import config as cfg
 from fed_dpprune.data.sampling import SeededUniforms, Uniforms
 from fed_dpprune.dpsgd.noise import NoiseSource, SeededNoise
-from fed_dpprune.federation import messages
+from fed_dpprune.errors import ClientFault, LedgerError, WireError
+from fed_dpprune.federation import broadcast, messages
+from fed_dpprune.federation import client as client_module
 from fed_dpprune.federation.client import ClientRuntime
+from fed_dpprune.federation.model_store import model_digest
 from fed_dpprune.federation.secrets import OsSecrets, SeededSecrets
+from fed_dpprune.federation.supports import Supports
 from fed_dpprune.federation.terms import REPLY_CODES, RoundTerms, config_digest, from_wire
 from fed_dpprune.plan import sample_rate
 from fed_dpprune.privacy.policy import REFUSAL_CODES
@@ -149,7 +157,21 @@ HOSTILE: list[tuple[str, dict[str, Any], str]] = [
     ("huge rate", {"sample_rate": 1.0}, "sample-rate-mismatch"),
     ("negative rate", {"sample_rate": -0.1}, "sample-rate-mismatch"),
     ("rate that is no number", {"sample_rate": NAN}, "sample-rate-mismatch"),
-    ("too many steps", {"steps": 1001}, "steps-above-policy"),
+    ("too many steps", {"steps": 1001}, "config-mismatch"),
+    ("one step more than the config's", {"steps": 3}, "config-mismatch"),
+    ("noise that no accountant takes", {"noise_multiplier": 1e-300}, "noise-multiplier-below-policy"),
+    ("noise past every range", {"noise_multiplier": 1e300}, "noise-multiplier-below-policy"),
+    ("another delta below 1/N", {"delta": 9e-5}, "delta-mismatch"),
+    ("a smaller delta", {"delta": 1e-9}, "delta-mismatch"),
+    ("another accountant", {"accountant": "prv"}, "accountant-mismatch"),
+    ("another unit", {"unit": "client"}, "accountant-mismatch"),
+    ("denormal learning rate", {"learning_rate": 5e-324}, "malformed-terms"),
+    ("learning rate past float32", {"learning_rate": 1e308}, "malformed-terms"),
+    ("digest of a million digits", {"run": "a" * 10**6}, "malformed-terms"),
+    ("digest of capitals", {"model": "A" * 32}, "malformed-terms"),
+    ("word of a million letters", {"accountant": "a" * 10**6}, "malformed-terms"),
+    ("a million odds", {"odds": [1] * 10**6}, "malformed-terms"),
+    ("more survivors than coordinates", {"survivor_count": 2**62}, "digest-mismatch"),
     ("no steps", {"steps": 0}, "malformed-terms"),
     ("negative steps", {"steps": -2}, "malformed-terms"),
     ("large delta", {"delta": 0.5}, "delta-above-policy"),
@@ -163,7 +185,8 @@ HOSTILE: list[tuple[str, dict[str, Any], str]] = [
     ("negative learning rate", {"learning_rate": -1.0}, "malformed-terms"),
     ("private support", {"provenance": "private"}, "provenance-not-allowed"),
     ("support that claims more than its config allows", {"provenance": "random"}, "config-mismatch"),
-    ("provenance of no list", {"provenance": "trust me"}, "config-mismatch"),
+    ("provenance of no list", {"provenance": "trust-me"}, "config-mismatch"),
+    ("provenance that is no word", {"provenance": "trust me"}, "malformed-terms"),
     ("forged support digest", {"digest": FORGED}, "digest-mismatch"),
     ("forged model digest", {"model": FORGED}, "digest-mismatch"),
     ("forged survivors", {"survivors": FORGED}, "digest-mismatch"),
@@ -172,7 +195,7 @@ HOSTILE: list[tuple[str, dict[str, Any], str]] = [
     ("negative live count", {"live": -1}, "malformed-terms"),
     ("other code", {"fingerprint": FORGED}, "code-mismatch"),
     ("other config", {"config": FORGED}, "config-mismatch"),
-    ("other protocol", {"protocol": 2}, "protocol-mismatch"),
+    ("other protocol", {"protocol": 1}, "protocol-mismatch"),
     ("another client's terms", {"client": 2}, "config-mismatch"),
     ("endless schedule", {"rounds": 2**62}, "config-mismatch"),
     ("round past the end", {"round": 5}, "malformed-terms"),
@@ -292,7 +315,7 @@ def test_a_client_refuses_past_its_own_limit_whatever_the_terms_say(conf, asked,
     client = own_client(conf, WHO, tmp_path, max_epsilon=1.6)
     assert status(client.runtime.train(asked[1])) == "ok"
     assert_refused(client, asked[2], "budget-exhausted")
-    assert_refused(client, with_record(asked[2], "terms", steps=1, run="f" * 32), "budget-exhausted")
+    assert_refused(client, with_record(asked[2], "terms", noise_multiplier=1.3, run="f" * 32), "budget-exhausted")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +324,7 @@ def test_a_client_refuses_past_its_own_limit_whatever_the_terms_say(conf, asked,
         ({"min_noise_multiplier": 1.3}, "noise-multiplier-below-policy"),
         ({"max_sample_rate": 0.1}, "sample-rate-above-policy"),
         ({"max_steps_per_round": 1}, "steps-above-policy"),
-        ({"delta": 1e-5}, "delta-above-policy"),
+        ({"max_clip_norm": 0.5}, "clip-norm-out-of-range"),
         ({"allow_provenance": ("random",)}, "provenance-not-allowed"),
     ],
 )
@@ -388,14 +411,82 @@ class Broken(SeededSecrets):
         raise RuntimeError("row 17 is patient Miller")
 
 
-def test_a_failing_client_leaks_no_text(conf, asked, tmp_path):
-    client = own_client(conf, WHO, tmp_path, secrets=Broken(0))
-    reply = client.runtime.train(asked[1])
-    assert dict(reply["reply"]) == {**dict(reply["reply"]), "status": "internal-error"}
-    assert set(reply) == {"reply"}
-    assert set(reply["reply"]) == set(messages.REPLY_FIELDS)
-    assert b"Miller" not in reply["reply"].deflate()
-    assert client.charges() == 1
+class BrokenExamples:
+    """A share whose rows cannot be taken, as when the memory is gone."""
+
+    def take(self, rows: Any) -> Any:
+        raise MemoryError("row 17 is patient Miller")
+
+
+class BrokenEngine:
+    """A net that fails on what it sees."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def clipped_sum(self, x: Any, y: Any, clipping: Any) -> Any:
+        raise IndexError("label 17 is patient Miller's")
+
+
+def _break(client: OwnClient, what: str) -> None:
+    """Let the charged work of a client fail."""
+    setup = client.runtime._setup
+    if what == "noise":
+        setup.secrets = Broken(0)
+    elif what == "share":
+        whole = setup.share()
+        setup.share = lambda: type(whole)(BrokenExamples(), whole.indices, whole.nominal_size)
+    else:
+        bench = setup.bench
+        setup.bench = lambda: replace(bench(), gradient=BrokenEngine(bench().gradient))
+
+
+@pytest.mark.parametrize("what", ["noise", "share", "engine"])
+def test_a_failure_after_the_charge_is_a_release_that_nobody_can_tell(conf, asked, tmp_path, what):
+    """One outcome a charge: status, fields and length are those of a round that went well, and it is stored."""
+    well, ill = own_client(conf, WHO, tmp_path / "well"), own_client(conf, WHO, tmp_path / "ill")
+    _break(ill, what)
+    replies = [client.runtime.train(asked[1]) for client in (well, ill)]
+    assert dict(replies[0]["reply"]) == dict(replies[1]["reply"])
+    assert messages.message_bytes(replies[0]) == messages.message_bytes(replies[1])
+    assert b"Miller" not in frozen(replies[1])
+    assert frozen(ill.runtime.train(asked[1])) == frozen(replies[1])
+    assert ill.charges() == 1
+
+
+@pytest.mark.parametrize("what", ["share", "engine"])
+def test_a_failed_round_releases_the_noise_of_an_empty_one(asked, tmp_path, what):
+    """The same values, to the bit, as when no example is in any batch."""
+    conf = small_run.config(**{"sparsity.drop.method": "random", "sparsity.drop.rate": 0.3})
+    terms = {"config": config_digest(conf)}
+    payloads = []
+    for place in ("empty", "ill"):
+        client = own_client(conf, WHO, tmp_path / place, secrets=SeededSecrets(0))
+        if place == "ill":
+            _break(client, what)
+        else:
+            share = client.runtime._setup.share()
+            nobody = type(share)(share.examples, share.indices[:0], share.nominal_size)
+            client.runtime._setup.share = lambda nobody=nobody: nobody
+        bent = with_record(asked[1], "terms", **terms, **_support_of(conf, client, asked[1]))
+        reply = client.runtime.train(bent)
+        assert status(reply) == "ok"
+        payloads.append(messages.payload_of(reply, "update"))
+    assert payloads[0] == payloads[1]
+    assert np.std(np.frombuffer(payloads[0], dtype="<f4")) > 0
+
+
+def _support_of(conf: cfg.Config, client: OwnClient, content: RecordDict) -> dict[str, Any]:
+    """Digest and size of the round's support under another config."""
+    runtime = client.runtime
+    terms, parcel = from_wire(dict(content["terms"])), messages.read_request(content)
+    bench = runtime._setup.bench()
+    begin = runtime._receive(terms, parcel, parcel.payload, bench)
+    live = Supports(conf, bench.layout, begin.survivors, terms.seed).of(1, WHO, begin.model)
+    return {"digest": live.support.digest, "live": live.support.k}
 
 
 def test_a_ledger_that_cannot_be_trusted_stops_the_client(met, asked, tmp_path):
@@ -407,13 +498,145 @@ def test_a_ledger_that_cannot_be_trusted_stops_the_client(met, asked, tmp_path):
     assert len(met.gradients) == gradients
 
 
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
-def test_weights_that_overflow_after_the_charge_are_a_failure_and_no_refusal(met, asked):
-    """A refusal tells the server that nothing was charged."""
-    reply = met.runtime.train(with_record(asked[2], "terms", learning_rate=1e38))
-    assert status(reply) == "internal-error"
-    assert set(reply) == {"reply"}
+@pytest.mark.parametrize("rate", [1e-30, 1e25, 1e30])
+def test_weights_that_overflow_after_the_charge_saturate(met, asked, rate):
+    """An error would tell how large the noised values were, and a second try would draw fresh noise for the same charge."""
+    bent = with_record(asked[2], "terms", learning_rate=rate)
+    reply = met.runtime.train(bent)
+    values = np.frombuffer(messages.payload_of(reply, "update"), dtype="<f4")
+    assert status(reply) == "ok"
+    assert np.isfinite(values).all()
+    assert len(values) == bent["terms"]["live"]
+    assert (np.abs(values).max() == np.finfo(np.float32).max) == (rate > 1)
+    assert frozen(met.runtime.train(bent)) == frozen(reply)
     assert met.charges() == 2
+
+
+def test_a_model_that_is_not_finite_is_refused_before_the_charge(met, asked, monkeypatch):
+    """A replayed release may lead there; no payload of plain values can."""
+    receive = ClientRuntime._update
+
+    def overflowing(self, *arguments):
+        begin = receive(self, *arguments)
+        model = begin.model.copy()
+        model[3] = np.inf
+        return type(begin)(model, begin.survivors)
+
+    monkeypatch.setattr(ClientRuntime, "_update", overflowing)
+    terms, parcel = from_wire(dict(asked[2]["terms"])), messages.read_request(asked[2])
+    broken = overflowing(met.runtime, terms, parcel, parcel.payload, met.runtime._setup.bench())
+    assert_refused(met, with_record(asked[2], "terms", model=model_digest(broken.model)), "model-not-finite")
+
+
+def test_a_reply_that_cannot_be_stored_does_not_leave(met, asked, monkeypatch):
+    """A full disk: one public word. Asked again, the client computes anew under the same charge, for nothing had left."""
+    guard = met.runtime._setup.guard
+    with monkeypatch.context() as patched:
+        patched.setattr(guard.ledger, "store_reply", lambda *_: (_ for _ in ()).throw(LedgerError("ledger", "disk full")))
+        reply = met.runtime.train(asked[2])
+        assert status(reply) == "ledger-failed"
+        assert set(reply) == {"reply"}
+    again = met.runtime.train(asked[2])
+    assert status(again) == "ok"
+    assert frozen(met.runtime.train(asked[2])) == frozen(again)
+    assert met.charges() == 2
+
+
+def test_the_data_are_loaded_before_the_charge(met, asked):
+    """A node that cannot load its data says so for nothing; after the charge it would be an outcome of its own."""
+
+    def missing() -> Any:
+        raise OSError("no such file")
+
+    met.runtime._setup.share = missing
+    assert_refused(met, asked[2], "internal-error")
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("point", ["charged", "computed", "stored"])
+def test_after_a_kill_the_request_gets_one_reply_and_no_second_charge(conf, asked, tmp_path, monkeypatch, point):
+    """Whatever point between charge and sending the process dies at, one reply leaves in the end."""
+    first = own_client(conf, WHO, tmp_path)
+    guard = first.runtime._setup.guard
+    admit, keep = guard.admit, guard.keep
+    left: list[bytes] = []
+
+    def die(*_: Any) -> Any:
+        raise Killed
+
+    def charged(terms):
+        admit(terms)
+        die()
+
+    def stored(terms, reply):
+        left.append(keep(terms, reply))
+        die()
+
+    monkeypatch.setattr(guard, *{"charged": ("admit", charged), "computed": ("keep", die), "stored": ("keep", stored)}[point])
+    with pytest.raises(Killed):
+        first.runtime.train(asked[1])
+    first.ledger.close()
+    second = own_client(conf, WHO, tmp_path)
+    reply = frozen(second.runtime.train(asked[1]))
+    assert not left or left == [reply]
+    assert (len(second.gradients) == 0) == (point == "stored")
+    assert frozen(second.runtime.train(asked[1])) == reply
+    assert second.charges() == 1
+
+
+class Interleaved(OsSecrets):
+    """Lets other threads ask while this one is at work on its first step, and gives them time to get somewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "others", [])
+
+    def noise(self, terms: RoundTerms, step: int) -> NoiseSource:
+        waiting, self.others[:] = list(self.others), []
+        for thread in waiting:
+            thread.start()
+        for thread in waiting:
+            thread.join(timeout=0.3)
+        return super().noise(terms, step)
+
+
+def test_threads_that_ask_one_request_get_one_reply_and_one_computation(conf, asked, tmp_path):
+    """Engine, weights and support are the process's: a second thread waits for the first, and then finds its reply."""
+    secrets = Interleaved()
+    client = own_client(conf, WHO, tmp_path, secrets=secrets)
+    replies: list[bytes] = []
+    threads = [Thread(target=lambda: replies.append(frozen(client.runtime.train(asked[1])))) for _ in range(3)]
+    secrets.others.extend(threads)
+    replies.append(frozen(client.runtime.train(asked[1])))
+    for thread in threads:
+        thread.join()
+    assert len(replies) == 4
+    assert len(set(replies)) == 1
+    assert client.charges() == 1
+    assert len(client.gradients) == conf.federation.local_steps
+
+
+def _answer_elsewhere(conf: cfg.Config, folder: Path, content: RecordDict) -> bytes:
+    return frozen(own_client(conf, WHO, folder).runtime.train(content))
+
+
+def test_processes_that_ask_one_request_get_one_reply(conf, asked, tmp_path):
+    """Three processes of one node, each with noise of its own: the first reply that is stored is what leaves all three."""
+    own_client(conf, WHO, tmp_path).ledger.close()
+    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_answer_elsewhere, conf, tmp_path, asked[1]) for _ in range(3)]
+        replies = {job.result() for job in jobs}
+    assert len(replies) == 1
+    assert own_client(conf, WHO, tmp_path).charges() == 1
+
+
+def test_a_forgotten_reply_is_a_refusal_and_never_computed_again(met, asked):
+    assert status(met.runtime.train(asked[2])) == "ok"
+    met.ledger.forget_replies(before_round=10)
+    assert_refused(met, asked[2], "older-round")
 
 
 def test_a_client_that_lost_its_model_asks_for_it(conf, asked, tmp_path):
@@ -426,3 +649,41 @@ def test_an_unreadable_folder_of_models_is_a_typed_failure(met, asked, tmp_path)
         path.write_bytes(b"damaged")
     met.runtime._setup.store._memory.clear()
     assert_refused(met, asked[2], "need-resync")
+
+
+# --- messages that would cost much ----------------------------------------------------------------------------------------
+
+
+def test_what_a_client_draws_to_catch_up_is_bounded(conf, met, asked, monkeypatch):
+    """A round that says it is the ten-thousandth: the client asks for the model instead of drawing ten thousand supports."""
+    monkeypatch.setattr(broadcast, "MOST_DRAWS", 2)
+    terms, parcel = from_wire(dict(asked[2]["terms"])), messages.read_request(asked[2])
+    bench = met.runtime._setup.bench()
+    with pytest.raises(ClientFault, match="need-resync"):
+        met.runtime._update(replace(terms, round=4), parcel, parcel.payload, bench)
+
+
+@pytest.mark.parametrize("told", [b"\x01" + bytes(7), b"\x20", b"\x0f"])
+def test_who_answered_is_told_of_this_runs_clients_and_of_few(met, asked, monkeypatch, told):
+    """Eight bytes for four clients; a client that is none; more clients than a message may make one draw supports for."""
+    monkeypatch.setattr(broadcast, "MOST_DRAWS", 3)
+    monkeypatch.setattr(client_module, "follows_from_clients", lambda *_: True)
+    terms, parcel = from_wire(dict(asked[2]["terms"])), messages.read_request(asked[2])
+    bench = met.runtime._setup.bench()
+    (begin, _) = met.runtime._setup.store.load(parcel.base)
+    with pytest.raises(WireError, match="answered"):
+        met.runtime._missed(range(1, 2), terms, parcel, told, begin, bench.layout)
+    assert len(met.runtime._missed(range(1, 2), terms, parcel, b"\x07", begin, bench.layout)) == 1
+
+
+def test_a_server_sends_the_newest_model_where_a_client_would_draw_too_much(tmp_path, monkeypatch):
+    """One of four clients is asked a round: with two draws allowed, who missed three rounds is sent the model."""
+    changes = {"federation.clients-per-round": 1, "federation.min-clients": 1, "federation.rounds": 8}
+    kinds: dict[int, set[str]] = {}
+    for most in (4096, 1):
+        with monkeypatch.context() as patched:
+            patched.setattr(broadcast, "MOST_DRAWS", most)
+            _, tap = small_run.run(small_run.config(**changes), tmp_path / str(most))
+        kinds[most] = {str(c["request"]["kind"]) for found in tap.requests.values() for c in found}
+    assert "newest" in kinds[1]
+    assert "sync" in kinds[4096]

@@ -147,6 +147,15 @@ def test_a_repeated_request_gets_the_stored_bytes_and_reaches_no_client(hosted, 
     assert ledger.head().count == 1
 
 
+def test_a_second_reply_to_a_request_is_not_handed_on(hosted, asked):
+    """Two of one request on their way at once: both are computed, one reply is stored, and that one goes on twice."""
+    grid, inner, ledger = hosted
+    replies = send(grid, [asked[1, 0], asked[1, 0]], [1, 1])
+    assert inner.handled == 2
+    assert messages.freeze(replies[0].content) == messages.freeze(replies[1].content)
+    assert ledger.head().count == 1
+
+
 def test_a_refused_request_reaches_no_client_and_the_others_go_on(hosted, asked):
     grid, inner, ledger = hosted
     quiet = small_run.with_record(asked[1, 1], "terms", noise_multiplier=0.0)

@@ -74,7 +74,7 @@ def terms(**changes: Any) -> RoundTerms:
     basis = RoundTerms(
         run="r", round=2, rounds=4, fingerprint="f", config="c", layout="l", seed=3, survivors="s", survivor_count=1210,
         digest="d", live=0, provenance="random", model="m", client=0, sample_rate=RATE, noise_multiplier=SIGMA,
-        clip_norm=CLIP, steps=1, learning_rate=1.0, delta=1e-4,
+        clip_norm=CLIP, steps=1, learning_rate=1.0, delta=1e-4, accountant="rdp", unit="example",
     )  # fmt: skip
     return replace(basis, **changes)
 

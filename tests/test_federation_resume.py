@@ -199,10 +199,10 @@ def at_call(number: int, function: Callable[..., Any], *, after: bool = False) -
     return counted
 
 
-# Round 3, with 3 clients in each. The four hellos pass the host too, with nothing to charge.
+# Round 3, with 3 clients in each. The four hellos pass the host too, and touch no ledger.
 KILLS = {
-    "before-the-charge": (Ledger, "charge_many", 4, False),
-    "after-the-charge": (Ledger, "charge_many", 4, True),
+    "before-the-charge": (Ledger, "charge_many", 3, False),
+    "after-the-charge": (Ledger, "charge_many", 3, True),
     "before-the-second-reply-is-stored": (Ledger, "store_replies", 8, False),
     "after-the-second-reply-is-stored": (Ledger, "store_replies", 8, True),
     "before-the-records": (run_dir.RunDir, "append", 3, False),

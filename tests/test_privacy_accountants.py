@@ -222,6 +222,9 @@ class _Broken:
     def __init__(self, outcome: Any) -> None:
         self.outcome = outcome
 
+    def load(self, history: Any, delta: float) -> float:
+        return 0.0
+
     def epsilons(self, histories: Any, delta: float) -> list[float]:
         if isinstance(self.outcome, Exception):
             raise self.outcome
@@ -254,6 +257,61 @@ def test_hopeless_histories_cost_a_finite_bound_or_infinity_and_little_time() ->
     assert table.epsilon([Entry(0.05, 0.9, 1000)], 1e-5) > 1000
     assert table.epsilon([Entry(1e-200, 1.0, 1)], 1e-5) == math.inf
     assert table.epsilon([Entry(1e-200, 0.1, 1)], 1e-5) == math.inf
+
+
+COSTLY = [
+    ("prv", Entry(100.0, 0.5, 1_000_000)),  # a minute and 1.9 GB, unbounded
+    ("prv", Entry(1e6, 1.0, 1_000_000_000)),  # 2.4 GB, then a failure
+    ("prv", Entry(1.0, 0.01, 100_000)),
+    ("prv", Entry(0.12, 0.5, 12)),
+    ("prv", Entry(0.01, 0.5, 1)),
+    ("pld", Entry(1e6, 0.3, 1_000_000_000)),  # did not end in two minutes, unbounded
+    ("pld", Entry(100.0, 0.5, 1_000_000)),
+    ("pld", Entry(0.01, 1e-9, 1_000_000)),
+]
+
+
+@pytest.mark.parametrize(("accountant", "entry"), COSTLY)
+def test_a_setting_that_would_cost_gigabytes_or_minutes_never_reaches_its_accountant(accountant, entry, monkeypatch):
+    """A server chooses settings. The looser bound is the figure then: at most too large, so at most a refusal too many."""
+    module = table._module(accountant)
+    monkeypatch.setattr(module, "epsilons", lambda *_: pytest.fail("the accountant was asked"))
+    assert table.load([entry], 1e-5, accountant) > 1.0
+    figure, by_name = table.compute((entry,), 1e-5, accountant)
+    assert not by_name
+    assert figure == table.compute((entry,), 1e-5, "rdp")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("accountant", "entry"),
+    [
+        ("pld", Entry(100.0, 0.5, 450_000)),
+        ("pld", Entry(1.0, 1e-6, 1_000_000)),
+        ("pld", Entry(0.12, 0.5, 12)),
+        ("pld", Entry(0.05, 0.5, 2)),
+        ("prv", Entry(1.0, 0.005, 20_000)),
+        ("prv", Entry(1.0, 1e-6, 100_000)),
+        ("prv", Entry(0.3, 0.01, 3)),
+    ],
+)
+def test_the_costliest_settings_that_are_computed_take_seconds_and_megabytes(accountant, entry):
+    """In a process of its own: wall seconds of one warm figure, and how far the peak of memory rises."""
+    code = f"""
+import resource, time
+from fed_dpprune.privacy.accountants import table
+from fed_dpprune.privacy.history import Entry
+module = table._module({accountant!r})
+module.epsilons([(Entry(1.0, 0.01, 10),)], 1e-5)
+assert table.load([{entry!r}], 1e-5, {accountant!r}) <= 1.0
+before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+module.epsilons([({entry!r},)], 1e-5)
+print(time.perf_counter() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, megabytes = map(float, done.stdout.split()[-2:])
+    assert seconds < 10  # a couple on a machine with nothing else to do
+    assert megabytes < 800
 
 
 @pytest.mark.parametrize("order", [2, 3, 32])

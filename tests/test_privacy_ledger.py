@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from fed_dpprune.errors import ClientFault, ConfigError, LedgerError
-from fed_dpprune.privacy import locks
+from fed_dpprune.privacy import budget, locks
 from fed_dpprune.privacy.accountants import table
 from fed_dpprune.privacy.history import Entry
 from fed_dpprune.privacy.ledger import Charge, Head, Ledger, Request
@@ -609,13 +609,47 @@ def test_heads_tell_a_continuation_from_another_history(ledger: Ledger, tmp_path
 
 def test_other_data_warn_and_open_no_new_budget(ledger: Ledger, path: Path, mode: Any) -> None:
     _round(ledger, 1)
+    before = path.read_bytes()
+    assert ledger.same_data("digest of other data")  # none are remembered, and asking writes nothing
+    assert path.read_bytes() == before
+    assert ledger.remember_data("digest of the data")
     assert ledger.same_data("digest of the data")
-    assert ledger.same_data("digest of the data")
-    assert not ledger.same_data("digest of other data")
+    assert not ledger.remember_data("digest of other data")
     ledger.close()
     with _again(path, mode) as opened:
         assert not opened.same_data("digest of other data")
         assert opened.history("0") == [ENTRY]
+
+
+@pytest.mark.parametrize(
+    ("key", "given"), [("delta", {"delta": 1e-6}), ("accountant", {"accountant": "pld"}), ("unit", {"unit": "client"})]
+)
+def test_a_ledger_of_another_delta_accountant_or_unit_is_refused(
+    ledger: Ledger, path: Path, mode: Any, key: str, given: Any
+) -> None:
+    """They are the operator's and fixed with the file: neither a smaller nor a larger one opens it."""
+    ledger.close()
+    fixed = {"delta": DELTA, "accountant": "rdp", "unit": "example"}
+    with pytest.raises(LedgerError, match=f"its {key} is .*, not .*; it was fixed when the ledger was made") as refused:
+        Ledger.open_or_create(path, "someone's data", mode=mode, **{**fixed, **given})
+    assert "\n" not in str(refused.value)
+    with Ledger.open_or_create(path, "someone's data", mode=mode, **fixed) as opened:
+        assert (opened.delta, opened.accountant, opened.unit) == (DELTA, "rdp", "example")
+    with Ledger.read(path) as shown:
+        assert (shown.delta, shown.accountant, shown.unit) == (DELTA, "rdp", "example")
+
+
+def test_a_client_whose_account_is_full_is_refused(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may choose settings that cost next to nothing: how many there are is bounded, so each charge is fast."""
+    monkeypatch.setattr(budget, "MOST_SETTINGS", 3)
+    monkeypatch.setattr(budget, "MOST_CHARGES", 5)
+
+    def ask(number: int, rate: float) -> Any:
+        request = Request("0", f"{number:016x}", f"run {number}", 1, (Entry(5.0, rate, 1),))
+        return ledger.charge_many([request], 100.0)[0]
+
+    assert [getattr(ask(n, 1e-3 * n), "status", "refused") for n in range(1, 5)] == ["new"] * 3 + ["refused"]
+    assert [getattr(ask(n, 1e-3), "code", "new") for n in (5, 6, 7)] == ["new", "new", "budget-exhausted"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from fed_dpprune import config
 from fed_dpprune.errors import ClientFault, ConfigError
 from fed_dpprune.privacy.policy import MOST_CLIP_NORM, REFUSAL_CODES, REQUIRED_KEYS, ClientPolicy
 
-POLICY = ClientPolicy(max_epsilon=4.0, delta=1e-4, min_noise_multiplier=1.0, max_sample_rate=0.5, max_steps_per_round=10)
+POLICY = ClientPolicy(
+    max_epsilon=4.0, delta=1e-4, min_noise_multiplier=1.0, max_sample_rate=0.5, max_steps_per_round=10, max_clip_norm=2.0,
+    accountant="pld", unit="example",
+)  # fmt: skip
 FINE: dict[str, Any] = {
     "noise_multiplier": 1.0,
     "sample_rate": 0.5,
@@ -22,6 +25,8 @@ FINE: dict[str, Any] = {
     "clip_norm": 1.0,
     "provenance": "random",
     "nominal_size": 100,
+    "accountant": "pld",
+    "unit": "example",
 }
 HOSTILE: list[tuple[str, dict[str, Any]]] = [
     ("noise-multiplier-below-policy", {"noise_multiplier": 0.999}),
@@ -36,7 +41,15 @@ HOSTILE: list[tuple[str, dict[str, Any]]] = [
     ("steps-above-policy", {"steps": 11}),
     ("steps-above-policy", {"steps": 0}),
     ("steps-above-policy", {"steps": -1}),
-    ("delta-above-policy", {"delta": 2e-4}),
+    ("noise-multiplier-below-policy", {"noise_multiplier": 1e300}),
+    ("sample-rate-above-policy", {"sample_rate": 5e-324}),
+    ("delta-mismatch", {"delta": 2e-4}),
+    ("delta-mismatch", {"delta": 1e-5}),
+    ("delta-above-policy", {"delta": 2e-2}),
+    ("accountant-mismatch", {"accountant": "prv"}),
+    ("accountant-mismatch", {"accountant": ""}),
+    ("accountant-mismatch", {"unit": "client"}),
+    ("clip-norm-out-of-range", {"clip_norm": 2.1}),
     ("delta-above-policy", {"delta": 0.0}),
     ("delta-above-policy", {"delta": math.nan}),
     ("delta-above-policy", {"delta": 1e-4, "nominal_size": 10_000}),
@@ -62,7 +75,7 @@ def test_a_request_past_one_limit_is_refused_with_its_code(code: str, change: di
     assert refused.value.code == code
 
 
-@pytest.mark.parametrize("noise", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("noise", [0.0, -1.0, math.nan, 1e-300, 0.009])
 def test_no_noise_is_refused_under_the_default_policy_too(noise: float) -> None:
     with pytest.raises(ClientFault):
         ClientPolicy().check(**{**FINE, "noise_multiplier": noise})

@@ -71,6 +71,8 @@ def unpack_positions(blob: Blob, n: int, k: int) -> NDArray[np.int64]:
         WireError: "wrong-length", "header" (unknown tag), "padding", "positions" (not k positions below n).
     """
     view = memoryview(blob)
+    if not 0 <= k <= n:
+        raise WireError("mask", "positions", f"{k} of {n} positions")
     if view.nbytes > max_size(n, k) or (view.nbytes < 2) != (k in (0, n)) or (k in (0, n) and view.nbytes):
         raise WireError("mask", "wrong-length", f"{view.nbytes} bytes cannot hold {k} positions of {n}")
     if not view.nbytes:

@@ -35,6 +35,7 @@ from fed_dpprune.sparsity.support import Support, union
 KINDS = ("start", "join", "sync", "replay", "newest", "resync")
 METERED = {"start": "join", "join": "join", "sync": "sync", "replay": "sync", "newest": "sync", "resync": "resync"}
 PLAIN = "float32"
+MOST_DRAWS = 4096  # supports that a client draws to play back what it missed; who needs more is sent the newest model
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Broadcast:
         size = (0, 0) if shipped is None else (shipped.k, len(mask))
         base = self.held.get(client)
         if base is not None and not resync:
-            if base < self.version and base + 1 not in self.changes:
+            if base < self.version and (base + 1 not in self.changes or self._draws(base) > MOST_DRAWS):
                 return Parcel("newest", "", mask + self._join(values=True), (), size)
             kind, body, positions = self._update(base)
             odds = tuple(o for v in self._missed(base) for o in self.changes[v].odds)
@@ -167,6 +168,11 @@ class Broadcast:
 
     def _missed(self, base: int) -> range:
         return range(base + 1, self.version + 1)
+
+    def _draws(self, base: int) -> int:
+        """How many supports a client must draw to know what it missed."""
+        each = [len(self.changes[v].clients) for v in self._missed(base)]
+        return sum(each) if follows_from_clients(self.config.sparsity, len(each)) else len(each)
 
     def _told(self, base: int) -> bytes:
         """Who answered in each missed round, every round's bits in the same number of bytes."""

@@ -1,12 +1,16 @@
 """A client: checks the terms, charges its ledger, trains on the support, sends the values on it and nothing else.
 
-`ClientRuntime.train` is the whole of a round on this side, in numbered steps. Everything before step 6 reads public
-facts only; a refusal leaves before any private example has been looked at.
+`ClientRuntime.train` is the whole of a round on this side, in numbered steps. Everything before the charge reads public
+facts only: a refusal leaves before any private example has been looked at. After the charge there is one outcome, a
+release: whatever goes wrong with the data, the net or the arithmetic becomes a release of noise, of the same status and
+length, stored under the request before it leaves (invariant 15).
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +26,7 @@ from fed_dpprune.errors import ClientFault, LedgerError, WireError
 from fed_dpprune.federation import broadcast, messages, uplink
 from fed_dpprune.federation.broadcast import Parcel
 from fed_dpprune.federation.fingerprint import fingerprint
-from fed_dpprune.federation.local_train import Share, train
+from fed_dpprune.federation.local_train import Share, noise_alone, train
 from fed_dpprune.federation.messages import Reply
 from fed_dpprune.federation.model_store import ModelStore, model_digest
 from fed_dpprune.federation.start import Start, Vector
@@ -47,6 +51,24 @@ if TYPE_CHECKING:
     from fed_dpprune.federation.workbench import Workbench
 
 _log = logging.getLogger(__name__)
+
+
+class _Work:
+    """One request at a time in a process: clients of a process share their engine, whose weights and support are set.
+
+    With two at once, norms could be taken at one request's weights and sums at the other's. Entered again by the same
+    thread it does not wait; a forked child has a lock of its own.
+    """
+
+    def __init__(self) -> None:
+        self._renew()
+        os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self.lock = threading.RLock()
+
+
+_work = _Work()
 
 
 class Guard(Protocol):
@@ -150,7 +172,8 @@ class ClientRuntime:
         terms: RoundTerms | None = None
         try:
             terms = from_wire(messages.config_of(content, "terms"))
-            reply = self._answer(terms, content)
+            with _work.lock:
+                reply = self._answer(terms, content)
         except ClientFault as fault:
             _log.warning("client %d: %s %s", self._setup.partition, fault.code, fault.detail)
             reply = self._refusal(terms, fault.code)
@@ -179,25 +202,49 @@ class ClientRuntime:
         bench = setup.bench()
         parcel = messages.read_request(content)
         count, size = parcel.shipped
+        if size > len(parcel.payload):
+            raise WireError("request", "the payload is shorter than the support in it")
         begin = self._receive(terms, parcel, parcel.payload[size:], bench)
+        if begin.survivors.k != terms.survivor_count:
+            raise ClientFault("digest-mismatch", "survivors")
         # 3. Recompute the round's support from public terms, or unpack what the server alone can choose.
         live = self._support(terms, begin, (count, parcel.payload[:size]), bench.layout)
-        # 4. Policy and ledger: refuse, or give back what was sent before, or charge. Committed before step 5.
+        # 4. Everything that can fail for a public reason has its chance before the charge: the share, the way to encode.
+        share = setup.share()
+        self._encode(terms, np.zeros(live.support.k))
+        # 5. Policy and ledger: refuse, or give back what was sent before, or charge. Committed before step 6.
         stored = setup.guard.admit(terms)
         if stored is not None:
             return messages.thaw(stored)
-        # 5. The private work.
-        moved = train(setup.config, terms, live, begin.survivors, begin.model, bench.gradient, setup.share(), setup.secrets)
-        # 6. The values on the support, encoded; stored before they leave.
-        try:
-            dither = uplink.dither(setup.config.wire, terms.seed, "up", terms.round, terms.client)
-            payload = uplink.encode(setup.config.wire, moved, dither)
-        except WireError as error:  # weights that left float32's range; the round is charged, so this is no refusal
-            raise ClientFault("internal-error", str(error)) from None
+        # 6. The private work, and its values on the support, encoded: always a release, always of this length.
+        payload = self._release(terms, live, begin, bench, share)
         reply = messages.train_reply(Reply("ok", terms.key, terms.round, terms.digest, fingerprint(), payload))
+        # 7. Stored before it leaves; where another process was first, what it stored is what leaves.
         made = messages.freeze(reply)
         kept = setup.guard.keep(terms, made)
         return reply if kept == made else messages.thaw(kept)
+
+    def _encode(self, terms: RoundTerms, values: NDArray[np.float64]) -> bytes:
+        wire = self._setup.config.wire
+        return uplink.encode(wire, values, uplink.dither(wire, terms.seed, "up", terms.round, terms.client))
+
+    def _release(self, terms: RoundTerms, live: RoundSupport, begin: Start, bench: Workbench, share: Share) -> bytes:
+        """The charged request's payload. It always exists: each fallback knows less of the data than the one before it.
+
+        The engine raises for no data; what may still come up (no memory, a user's net) is logged here and shows nowhere.
+        """
+        setup = self._setup
+        work = (setup.config, terms, live)
+        attempts: tuple[Callable[[], NDArray[np.float64]], ...] = (
+            lambda: train(*work, begin.survivors, begin.model, bench.gradient, share, setup.secrets),
+            lambda: noise_alone(*work, begin.model, bench.layout, share.nominal_size, setup.secrets),
+        )
+        for attempt in attempts:
+            try:
+                return self._encode(terms, attempt())
+            except Exception:
+                _log.exception("client %d failed in a charged round; less than its work leaves", setup.partition)
+        return self._encode(terms, np.zeros(live.support.k))  # no noise to be had either: a constant tells nothing
 
     def _check(self, terms: RoundTerms) -> None:
         setup = self._setup
@@ -205,8 +252,9 @@ class ClientRuntime:
             raise ClientFault("code-mismatch", terms.fingerprint)
         if terms.config != config_digest(setup.config) or terms.client != setup.partition:
             raise ClientFault("config-mismatch", terms.config)
-        if terms.rounds != setup.config.federation.rounds:
-            raise ClientFault("config-mismatch", f"{terms.rounds} rounds")
+        planned = setup.config.federation
+        if (terms.rounds, terms.steps) != (planned.rounds, planned.local_steps):
+            raise ClientFault("config-mismatch", f"{terms.rounds} rounds of {terms.steps} steps")
         if terms.sample_rate != sample_rate(setup.config.privacy, setup.nominal_size):
             raise ClientFault("sample-rate-mismatch", repr(terms.sample_rate))
         if terms.provenance not in PROVENANCES or weakest(terms.provenance, best_claim(setup.config)) != terms.provenance:
@@ -237,6 +285,8 @@ class ClientRuntime:
             )
         if model_digest(begin.model) != terms.model or begin.survivors.digest != terms.survivors:
             raise ClientFault("digest-mismatch", "model or survivors")
+        if not np.isfinite(begin.model).all():
+            raise ClientFault("model-not-finite", terms.model)
         self._setup.received.put(key, begin)
         self._setup.store.save(terms.model, begin, terms.round - 1)
         return begin
@@ -263,6 +313,8 @@ class ClientRuntime:
         rounds = range(version + 1, terms.round)
         if version >= terms.round:
             raise ClientFault("older-round", f"holds version {version}")
+        if len(rounds) > broadcast.MOST_DRAWS:
+            raise ClientFault("need-resync", f"missed {len(rounds)} rounds")
         if not changes_follow(self._setup.config.sparsity, len(rounds)) and rounds:
             count, size = parcel.changed
             changed = inside(begin.survivors, unpack_positions(payload[:size], begin.survivors.k, count))
@@ -283,14 +335,16 @@ class ClientRuntime:
             raise WireError("request", "odds do not fit the missed rounds")
         each = len(told) // len(rounds) if rounds else 0
         wanted = follows_from_clients(self._setup.config.sparsity, len(rounds))
-        if bool(told) != wanted or each * len(rounds) != len(told):
+        everyone = self._setup.config.federation.clients
+        if bool(told) != wanted or each * len(rounds) != len(told) or each > (everyone + 7) // 8:
             raise WireError("request", "who answered does not fit the missed rounds")
         supports = Supports(self._setup.config, layout, begin.survivors, terms.seed)
-        found = []
+        found, drawn = [], 0
         for place, round in enumerate(rounds):
             clients = unpack_clients(told[place * each : (place + 1) * each]) if told else (terms.client,)
-            if not clients:
-                raise WireError("request", "nobody answered a missed round")
+            if not clients or clients[-1] >= max(everyone, terms.client + 1) or drawn + len(clients) > broadcast.MOST_DRAWS:
+                raise WireError("request", "nobody, or nobody of this run, or too many answered a missed round")
+            drawn += len(clients)
             found.append(supports.moved(round, clients, begin.model, odds=odds[place * width : (place + 1) * width]))
         return found
 

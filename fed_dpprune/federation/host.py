@@ -115,6 +115,7 @@ class HostGrid(Grid):
         return replies
 
     def _keep(self, message: Message) -> None:
+        """Store what a client answered; where a reply was stored before, that one goes on."""
         if message.metadata.message_type != messages.TRAIN or not message.has_content():
             return
         seconds = messages.take_seconds(message.content)
@@ -125,7 +126,10 @@ class HostGrid(Grid):
         if seconds is not None:
             self.seconds[reply.request] = seconds
         if reply.status == "ok" and reply.request in self._sent:
-            self._guard.keep(self._sent[reply.request], messages.freeze(message.content))
+            made = messages.freeze(message.content)
+            kept = self._guard.keep(self._sent[reply.request], made)
+            if kept != made:
+                message.content = messages.thaw(kept)
 
     def send_and_receive(self, messages_out: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Not used by this project's server, which pulls as replies come in."""

@@ -18,6 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fed_dpprune.errors import WireError
 from fed_dpprune.federation.broadcast import KINDS, Parcel
 
+MOST_INT = (1 << 63) - 1  # of a record on the wire; in one process a whole number could be longer
 TRAIN, QUERY = "train", "query"
 NPY_HEADER = 128  # the array container's own bytes: part of the message, not of the payload
 
@@ -64,7 +65,7 @@ def read_request(content: RecordDict) -> Parcel:
 
 def _whole_numbers(values: Mapping[str, Any], name: str) -> list[int]:
     found = values.get(name, [])
-    if not isinstance(found, list) or not all(type(v) is int and v >= 0 for v in found):
+    if not isinstance(found, list) or not all(type(v) is int and 0 <= v <= MOST_INT for v in found):
         raise WireError("request", f"{name} are not whole numbers")
     return found
 

@@ -305,6 +305,8 @@ class Server:
             steps=config.federation.local_steps,
             learning_rate=config.client.learning_rate * fraction**config.sparsity.lr_scaling,
             delta=config.privacy.delta,
+            accountant=config.privacy.accountant,
+            unit=config.privacy.unit,
             odds=odds,
         )
 

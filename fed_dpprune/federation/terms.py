@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
@@ -17,7 +17,16 @@ from typing import Any
 from fed_dpprune import config as cfg
 from fed_dpprune.errors import ClientFault
 
-PROTOCOL = 1
+PROTOCOL = 2
+# What no honest server exceeds; checked before anything is made from the numbers.
+MOST_ODDS = 1 << 16
+MOST_STEPS = 10_000
+MOST_INT = (1 << 63) - 1
+LEAST_LEARNING_RATE, MOST_LEARNING_RATE = 1e-30, 1e30
+DIGESTS = ("run", "fingerprint", "config", "layout", "survivors", "digest", "model")
+WORDS = ("provenance", "accountant", "unit")
+_DIGEST = re.compile(r"[0-9a-f]{1,64}")
+_WORD = re.compile(r"[a-z0-9-]{1,32}")
 
 # What may differ between two runs without changing what is computed, or belongs to one end alone.
 _LOCAL_KEYS = (
@@ -36,6 +45,7 @@ REPLY_CODES: dict[str, str] = {
     "config-mismatch": "the two ends were started with different configs",
     "digest-mismatch": "model or support do not have the digest that the terms name",
     "sample-rate-mismatch": "the sample rate is not the one that follows from the client's nominal size",
+    "model-not-finite": "the model holds values that are not finite numbers",
     "older-round": "the round is older than one that this client has already answered",
     "round-changed": "this round was already answered under other terms",
     "node-not-configured": "the node's operator has not said all that a node needs; its own log names the key",
@@ -90,6 +100,8 @@ class RoundTerms:
         steps: Local steps, all charged.
         learning_rate: Client rate, already scaled where the config says so.
         delta: The claim's delta.
+        accountant: By which the run counts; a client refuses another than its operator's.
+        unit: Of the claim.
     """
 
     run: str
@@ -112,6 +124,8 @@ class RoundTerms:
     steps: int
     learning_rate: float
     delta: float
+    accountant: str
+    unit: str
     odds: tuple[int, ...] = ()
     protocol: int = PROTOCOL
 
@@ -144,8 +158,8 @@ def from_wire(record: Mapping[str, Any]) -> RoundTerms:
     """Read terms strictly.
 
     Raises:
-        ClientFault: `malformed-terms` when a field is missing, unknown or of the wrong type, `protocol-mismatch` when
-            the sender speaks another version.
+        ClientFault: `malformed-terms` when a field is missing, unknown, of the wrong type or out of range,
+            `protocol-mismatch` when the sender speaks another version.
     """
     if record.get("protocol") != PROTOCOL:
         raise ClientFault("protocol-mismatch" if "protocol" in record else "malformed-terms", "protocol")
@@ -156,7 +170,7 @@ def from_wire(record: Mapping[str, Any]) -> RoundTerms:
         if field is None:
             raise ClientFault("malformed-terms", f"unknown field {key}")
         if field.name == "odds":
-            if not isinstance(value, list) or not all(type(v) is int for v in value):
+            if not isinstance(value, list) or len(value) > MOST_ODDS or not all(_is_odds(v) for v in value):
                 raise ClientFault("malformed-terms", "odds")
             value = tuple(value)
         elif type(value) is not _TYPES[str(field.type)]:
@@ -166,8 +180,24 @@ def from_wire(record: Mapping[str, Any]) -> RoundTerms:
         terms = RoundTerms(**values)
     except TypeError:
         raise ClientFault("malformed-terms", "missing fields") from None
-    if terms.round < 1 or terms.round > terms.rounds or terms.steps < 1 or not 0 <= terms.live <= terms.survivor_count:
-        raise ClientFault("malformed-terms", "counts")
-    if not 0 < terms.learning_rate < math.inf:
-        raise ClientFault("malformed-terms", "learning rate")
+    _check_ranges(terms)
     return terms
+
+
+def _is_odds(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MOST_INT
+
+
+def _check_ranges(terms: RoundTerms) -> None:
+    """Refuse numbers and words that no server of this project writes; floats of the charge are the policy's to judge."""
+    counts = (terms.round, terms.rounds, terms.survivor_count, terms.live, terms.client, terms.steps)
+    if not all(0 <= count <= MOST_INT for count in counts) or not -MOST_INT - 1 <= terms.seed <= MOST_INT:
+        raise ClientFault("malformed-terms", "counts")
+    if not 1 <= terms.round <= terms.rounds or not 1 <= terms.steps <= MOST_STEPS or terms.live > terms.survivor_count:
+        raise ClientFault("malformed-terms", "counts")
+    if not LEAST_LEARNING_RATE <= terms.learning_rate <= MOST_LEARNING_RATE:
+        raise ClientFault("malformed-terms", "learning rate")
+    if not all(_DIGEST.fullmatch(getattr(terms, name)) for name in DIGESTS):
+        raise ClientFault("malformed-terms", "a digest")
+    if not all(_WORD.fullmatch(getattr(terms, name)) for name in WORDS):
+        raise ClientFault("malformed-terms", "a word")

@@ -14,7 +14,6 @@ from fed_dpprune import randomness
 from fed_dpprune.comm.codecs.packing import Bits
 from fed_dpprune.comm.codecs.table import codec
 from fed_dpprune.comm.downlink import decode_join, encode_join
-from fed_dpprune.errors import WireError
 from fed_dpprune.sparsity.support import frozen_count, largest
 
 
@@ -37,24 +36,32 @@ def dither(wire: cfg.Wire, seed: int, *ids: int | str) -> Bits | None:
     return lambda count: randomness.raw_u32(count, seed, "codec", *ids)
 
 
+def saturated(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The nearest finite float32 values, shape (k,); what is not a number is 0.
+
+    Values are noised when they come here, so this is post-processing; an error instead would tell how large they were.
+    """
+    largest_float32 = float(np.finfo(np.float32).max)
+    return np.clip(np.nan_to_num(values, nan=0.0), -largest_float32, largest_float32).astype(np.float32)
+
+
 def encode(wire: cfg.Wire, values: NDArray[np.float64], bits: Bits | None = None) -> bytes:
     """The noised values on the round's support, shape (k,), as `wire.uplink` and `wire.select` say.
 
+    Never fails for what the values are. The length follows from k alone, but for `top-k`, where it follows from the
+    noised values' positions too.
+
     Args:
         wire: The config's `wire`.
-        values: Shape (k,).
+        values: Shape (k,); those that no codec can carry saturate.
         bits: From `dither`.
-
-    Raises:
-        WireError: "non-finite".
     """
-    keep = selected_count(wire, values.size)
-    if wire.select == "none" or keep == values.size:
-        return codec(wire.uplink).encode(values, bits=bits)
-    if not np.isfinite(values).all():
-        raise WireError("update", "non-finite")
-    chosen = largest(np.abs(values), keep)
-    return encode_join(chosen, values.size, values[chosen], codec(wire.uplink), bits=bits)
+    sent = saturated(values)
+    keep = selected_count(wire, sent.size)
+    if wire.select == "none" or keep == sent.size:
+        return codec(wire.uplink).encode(sent, bits=bits)
+    chosen = largest(np.abs(sent), keep)
+    return encode_join(chosen, sent.size, sent[chosen], codec(wire.uplink), bits=bits)
 
 
 def decode(wire: cfg.Wire, blob: bytes, live: int) -> NDArray[np.float32]:

@@ -28,6 +28,8 @@ from fed_dpprune.privacy.history import Entry, merge
 
 SCHEDULE, FILTER = "schedule", "filter"
 MOST_ROUNDS = 1 << 24
+# What one client's account may hold: every further charge reads it all again, and a server chooses how many there are.
+MOST_CHARGES, MOST_SETTINGS = 100_000, 1_024
 
 
 def entries_text(entries: Sequence[Entry]) -> str:
@@ -130,6 +132,12 @@ class Account:
             and self.rounds.get(run, 0) < declared.rounds
         )
 
+    def full(self, entries: Sequence[Entry]) -> bool:
+        """Whether one more charge would make the account too long to be counted in bounded time."""
+        settings = {(entry.noise_multiplier, entry.sample_rate) for spent in self.by_run.values() for entry in spent}
+        settings |= {(entry.noise_multiplier, entry.sample_rate) for entry in entries}
+        return sum(self.rounds.values()) >= MOST_CHARGES or len(settings) > MOST_SETTINGS
+
     def add(self, run: str, round: int, entries: Sequence[Entry], declaration: Declaration | None) -> None:
         """Take one charge into the state."""
         merged = merge(entries)
@@ -170,8 +178,8 @@ class Account:
             rounds: How many rounds the run declares; counts for a client's first charge.
             accountant: For charges within the declared schedule.
             max_epsilon: The client's limit, None for none.
-            ahead: How many rounds to compute at once where a figure is not known yet; a client that is a new process
-                every round loads the accountant's libraries once in `ahead` rounds then.
+            ahead: How many rounds to compute at once, at most, where a figure is not known yet; a client that is a new
+                process every round loads the accountant's libraries once in `ahead` rounds then. Fewer where one costs much.
             cache: Where figures are kept.
         """
         merged = merge(entries)
@@ -194,6 +202,8 @@ class Account:
         """Epsilon after the charge; when it is not known yet, the rounds that follow are computed with it."""
         first = (*before, *entries)
         if ahead > 1 and not table.known(first, self.delta, accountant, cache):
+            last = (*before, *repeated(entries, ahead))
+            ahead = min(ahead, max(1, int(1.0 / max(table.load(last, self.delta, accountant), 1.0 / ahead))))
             following = [(*before, *repeated(entries, times)) for times in range(1, ahead + 1)]
             return table.epsilons(following, self.delta, accountant, cache)[0]
         return table.epsilon(first, self.delta, accountant, cache)

@@ -87,7 +87,7 @@ class Ledger:
             path: Its file, which must not exist; in a deployment its mark must not exist either.
             identity: What the budget belongs to: the run in a simulation, the data's owner-given name in a deployment.
             mode: "simulation" or "deployment".
-            delta: At which everything is counted, for good.
+            delta: At which everything is counted, fixed for this ledger, as the next two.
             accountant: For charges within a declared schedule.
             unit: Of privacy.
             cache: Where accountants' figures are kept.
@@ -111,6 +111,7 @@ class Ledger:
             "neighbouring": "add-or-remove-one",
             "sampler": "poisson",
             "delta": repr(float(delta)),
+            "accountant": accountant,
         }
         locks.make_directory(ledger.path.parent)
         with ledger._held_if_shared():
@@ -124,12 +125,31 @@ class Ledger:
         return ledger
 
     @classmethod
-    def open(cls, path: Path, identity: str, *, mode: Mode, accountant: str = "pld", cache: Figures | None = None) -> Ledger:
+    def open(
+        cls,
+        path: Path,
+        identity: str,
+        *,
+        mode: Mode,
+        accountant: str = "pld",
+        delta: float | None = None,
+        unit: str | None = None,
+        cache: Figures | None = None,
+    ) -> Ledger:
         """Open an existing ledger for charging, after checking its chain and its mark.
 
+        Args:
+            path: See `create`, as all others.
+            identity: As it was made for.
+            mode: As it was made for.
+            accountant: As it was made for.
+            delta: As it was made for; None does not ask.
+            unit: As it was made for; None does not ask.
+            cache: Where accountants' figures are kept.
+
         Raises:
-            LedgerError: Missing, damaged, older than its mark, of another identity or mode, not writable, readable by
-                others, or (simulation) open elsewhere.
+            LedgerError: Missing, damaged, older than its mark, of another identity, mode, accountant, delta or unit, not
+                writable, readable by others, or (simulation) open elsewhere.
         """
         table.lookup(accountant)
         ledger = cls(Path(path), mode, accountant, cache)
@@ -137,7 +157,7 @@ class Ledger:
             ledger._missing()
         with ledger._faults():
             ledger._connect()
-        ledger._start(identity)
+        ledger._start(identity, delta, unit)
         return ledger
 
     @classmethod
@@ -152,17 +172,25 @@ class Ledger:
         unit: str = "example",
         cache: Figures | None = None,
     ) -> Ledger:
-        """Open the ledger, or make it where neither the file nor a mark of an earlier one exists."""
+        """Open the ledger, or make it where neither the file nor a mark of an earlier one exists.
+
+        Raises:
+            LedgerError: As `open` and `create`; a ledger of another delta, accountant or unit is refused.
+        """
         path = Path(path)
+
+        def opened() -> Ledger:
+            return cls.open(path, identity, mode=mode, accountant=accountant, delta=delta, unit=unit, cache=cache)
+
         if path.exists() or locks.beside(path, "mark").exists():
-            return cls.open(path, identity, mode=mode, accountant=accountant, cache=cache)
+            return opened()
         try:
             return cls.create(path, identity, mode=mode, delta=delta, accountant=accountant, unit=unit, cache=cache)
         except LedgerError:
             # Another process of this client may have been first.
             if not path.exists():
                 raise
-            return cls.open(path, identity, mode=mode, accountant=accountant, cache=cache)
+            return opened()
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
@@ -175,6 +203,7 @@ class Ledger:
             ledger._connection = sqlite3.connect(_read_address(path), uri=True, isolation_level=None)
             ledger._execute("PRAGMA trusted_schema = OFF")
         ledger._load()
+        ledger.accountant = ledger.meta.get("accountant", ledger.accountant)
         return ledger
 
     def _connect(self) -> None:
@@ -212,8 +241,9 @@ class Ledger:
             self._sql.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
             self._execute("COMMIT")
 
-    def _start(self, identity: str) -> None:
+    def _start(self, identity: str, delta: float | None = None, unit: str | None = None) -> None:
         """Check what was opened, and refuse what is not this budget's newest state."""
+        fixed = {"accountant": self.accountant, "delta": None if delta is None else repr(float(delta)), "unit": unit}
         try:
             with self._exclusive():
                 self._load()
@@ -221,6 +251,10 @@ class Ledger:
                     if self.meta.get(key) != wanted:
                         why = f"its {key} is {self.meta.get(key)!r}, not {wanted!r}"
                         raise LedgerError(str(self.path), why, "every budget has a file of its own; name the right one")
+                for key, given in fixed.items():
+                    if given is not None and self.meta.get(key) != given:
+                        why = f"its {key} is {self.meta.get(key)!r}, not {given!r}"
+                        raise LedgerError(str(self.path), why, f"it was fixed when the ledger was made; set {key} back to it")
                 if self.mode == DEPLOYMENT:
                     self._check_mark()
                     self._write_mark()
@@ -323,6 +357,8 @@ class Ledger:
                 "SELECT 1 FROM charges WHERE client = ? AND run = ? AND round = ?", (request.client, request.run, request.round)
             )
             return ClientFault("round-changed" if same else "older-round", f"round {request.round}, last charged {last}")
+        if account.full(request.entries):
+            return ClientFault("budget-exhausted", "the account holds as many charges or settings as it may")
         verdict = account.after(
             request.run,
             request.entries,
@@ -443,6 +479,11 @@ class Ledger:
         """At which everything in this ledger is counted."""
         return float(self.meta["delta"])
 
+    @property
+    def unit(self) -> str:
+        """Of privacy."""
+        return self.meta["unit"]
+
     def clients(self) -> list[str]:
         """All clients that were ever charged, by name."""
         with self._exclusive():
@@ -496,13 +537,16 @@ class Ledger:
             return account.rounds_left(entries, accountant=self.accountant, max_epsilon=max_epsilon, cache=self._cache)
 
     def same_data(self, fingerprint: str) -> bool:
-        """Whether the data are those of the first call: a fingerprint stays here, warns, and never opens a new budget."""
+        """Whether the data are those that were remembered, or none were; writes nothing."""
         with self._exclusive():
             known = self._row("SELECT value FROM meta WHERE key = 'data-fingerprint'", ())
-            if known is None:
-                self._execute("INSERT INTO meta VALUES ('data-fingerprint', ?)", (fingerprint,))
-                return True
-            return bool(known[0] == fingerprint)
+            return known is None or bool(known[0] == fingerprint)
+
+    def remember_data(self, fingerprint: str) -> bool:
+        """Remember the data where none are; whether they are those. A fingerprint stays here and never opens a new budget."""
+        with self._exclusive():
+            self._execute("INSERT OR IGNORE INTO meta VALUES ('data-fingerprint', ?)", (fingerprint,))
+            return self.same_data(fingerprint)
 
     def head(self) -> Head:
         """Where the chain ends now."""

@@ -7,7 +7,6 @@ code means, and what would have fitted, is worked out by whoever reads it, from 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +17,25 @@ from fed_dpprune.privacy.accountants import table
 from fed_dpprune.privacy.node_values import missing, number, whole, words
 
 REFUSAL_CODES: dict[str, str] = {
-    "noise-multiplier-below-policy": "the noise multiplier is below the client's smallest (policy.min-noise-multiplier)",
-    "sample-rate-above-policy": "the sample rate is above the client's largest (policy.max-sample-rate), or is no rate",
+    "noise-multiplier-below-policy": "the noise multiplier is below the client's smallest (policy.min-noise-multiplier), "
+    "or outside 0.01 to 1e6",
+    "sample-rate-above-policy": "the sample rate is above the client's largest (policy.max-sample-rate), or is no rate of "
+    "1e-9 to 1",
     "steps-above-policy": "the round has more steps than the client allows (policy.max-steps-per-round)",
-    "delta-above-policy": "delta is not below 1 / nominal size, or above the client's own",
-    "clip-norm-out-of-range": "the clip norm is outside the range in which the arithmetic keeps its promise",
+    "delta-above-policy": "delta is not below 1 / nominal size",
+    "delta-mismatch": "delta is not the one that the client's operator has fixed (policy-delta)",
+    "accountant-mismatch": "accountant or unit are not those that the client's operator has fixed",
+    "clip-norm-out-of-range": "the clip norm is outside the range in which the arithmetic keeps its promise, or above the "
+    "client's largest",
     "release-not-allowed": "a release beside the update is asked for that the client does not allow (policy.allow-releases)",
     "provenance-not-allowed": "the support comes from where the client does not allow (policy.allow-provenance)",
     "budget-exhausted": "the state after the round would pass the client's largest epsilon (policy.max-epsilon)",
 }
 # Far inside what float32 sums of clipped gradients hold exactly enough; outside, an overflow or underflow could tell.
 LEAST_CLIP_NORM, MOST_CLIP_NORM = 1e-6, 1e6
+# Outside of these no accountant gives a figure worth having, and some take gigabytes or an hour to say so.
+LEAST_NOISE, MOST_NOISE = 1e-2, 1e6
+LEAST_RATE = 1e-9
 
 # A node must say these; no number stands in for one that is missing.
 REQUIRED_KEYS = ("policy-delta", "policy-max-epsilon", "policy-min-noise-multiplier")
@@ -126,32 +133,40 @@ class ClientPolicy:
         clip_norm: float,
         provenance: str,
         nominal_size: int,
+        accountant: str,
+        unit: str,
         releases: Sequence[str] = (),
     ) -> None:
         """Refuse a round that this client does not allow, before anything is charged or computed.
 
         Args:
-            noise_multiplier: As the terms state it; this and the next five come from the server.
+            noise_multiplier: As the terms state it; this and the next five come from the server, accountant and unit too.
             sample_rate: Poisson rate of each step.
             steps: Private steps of the round.
             delta: The claim's.
             clip_norm: As used.
             provenance: Of the round's support.
             nominal_size: The client's own declared size.
+            accountant: By which the run counts.
+            unit: Of its claim.
             releases: What would leave beside the update.
 
         Raises:
             ClientFault: With a code of REFUSAL_CODES; `budget-exhausted` comes from the ledger instead.
         """
-        if not (0 < noise_multiplier < math.inf and noise_multiplier >= self.min_noise_multiplier):
+        if not max(LEAST_NOISE, self.min_noise_multiplier) <= noise_multiplier <= MOST_NOISE:
             raise ClientFault("noise-multiplier-below-policy", f"{noise_multiplier!r} < {self.min_noise_multiplier!r}")
-        if not 0 < sample_rate <= min(self.max_sample_rate, 1.0):
+        if not LEAST_RATE <= sample_rate <= min(self.max_sample_rate, 1.0):
             raise ClientFault("sample-rate-above-policy", f"{sample_rate!r} > {self.max_sample_rate!r}")
         if not 1 <= steps <= self.max_steps_per_round:
             raise ClientFault("steps-above-policy", f"{steps!r} > {self.max_steps_per_round!r}")
-        if not (0 < delta < 1 / max(nominal_size, 1) and (self.delta is None or delta <= self.delta)):
+        if not 0 < delta < 1 / max(nominal_size, 1):
             raise ClientFault("delta-above-policy", f"{delta!r}")
-        if not LEAST_CLIP_NORM <= clip_norm <= MOST_CLIP_NORM:
+        if self.delta is not None and delta != self.delta:
+            raise ClientFault("delta-mismatch", f"{delta!r}, not {self.delta!r}")
+        if self.accountant not in (None, accountant) or self.unit not in (None, unit):
+            raise ClientFault("accountant-mismatch", f"{accountant} by {unit}, not {self.accountant} by {self.unit}")
+        if not LEAST_CLIP_NORM <= clip_norm <= min(MOST_CLIP_NORM, self.max_clip_norm or MOST_CLIP_NORM):
             raise ClientFault("clip-norm-out-of-range", f"{clip_norm!r}")
         for release in releases:
             if release not in self.allow_releases:
@@ -166,11 +181,13 @@ class ClientPolicy:
             code: One of REFUSAL_CODES.
         """
         fits = {
-            "noise-multiplier-below-policy": f"it takes at least {self.min_noise_multiplier:g}",
+            "noise-multiplier-below-policy": f"it takes at least {max(LEAST_NOISE, self.min_noise_multiplier):g}",
             "sample-rate-above-policy": f"it takes at most {self.max_sample_rate:g}",
             "steps-above-policy": f"it takes at most {self.max_steps_per_round}",
-            "delta-above-policy": f"it takes at most {self.delta:g}" if self.delta else "it takes less than 1 / nominal size",
-            "clip-norm-out-of-range": f"it takes {LEAST_CLIP_NORM:g} to {MOST_CLIP_NORM:g}",
+            "delta-above-policy": "it takes less than 1 / nominal size",
+            "delta-mismatch": "it takes its own alone" + (f", {self.delta:g}" if self.delta else ""),
+            "accountant-mismatch": f"it takes {self.accountant or 'its own accountant'} by {self.unit or 'its own unit'}",
+            "clip-norm-out-of-range": f"it takes {LEAST_CLIP_NORM:g} to {self.max_clip_norm or MOST_CLIP_NORM:g}",
             "release-not-allowed": f"it allows {', '.join(self.allow_releases) or 'none'}",
             "provenance-not-allowed": f"it allows {', '.join(self.allow_provenance) or 'none'}",
             "budget-exhausted": f"its limit is {self.max_epsilon:g}"

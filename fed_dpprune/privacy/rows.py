@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from fed_dpprune.privacy.history import Entry
 
-SCHEMA = 1
+SCHEMA = 2  # 2: the accountant is fixed with the file
 SIMULATION, DEPLOYMENT = "simulation", "deployment"
 Mode = Literal["simulation", "deployment"]
 TABLES = """

@@ -19,8 +19,9 @@ GRIDS = (1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4)
 GRID_ERROR = 1e-4
 # Standard deviations between the mean of the loss and the epsilon of any delta in use (1e-12 is at 7.0).
 TAIL = 7.0
-MOST_POINTS = 1_000_000
-GROUP_GRID = 5e-3
+# What a figure may cost, so that no setting takes more than a few seconds or a few hundred megabytes: see `load`.
+MOST_POINTS, MOST_STEPS = 300_000, 1_000_000
+GROUP_GRID, MOST_GROUP_POINTS = 5e-3, 1_000_000
 
 
 def grid_error(history: Sequence[Entry], grid: float) -> float:
@@ -56,10 +57,17 @@ def _steps(entry: Entry, grid: float) -> Any:
     return one if entry.steps == 1 else one.self_compose(entry.steps)
 
 
+def load(history: Sequence[Entry], delta: float) -> float:
+    """What the figure costs told from bounds in milliseconds: above 1 it is not computed at all.
+
+    The points of the grid up to the epsilon that whole-order RDP bounds it by, and the steps, each by the most allowed.
+    """
+    points = renyi.epsilon(history, delta) / grid(history)
+    return max(points / MOST_POINTS, sum(entry.steps for entry in history) / MOST_STEPS)
+
+
 def _epsilon(history: Sequence[Entry], delta: float) -> float:
     spacing = grid(history)
-    if renyi.epsilon(history, delta) / spacing > MOST_POINTS:
-        raise OverflowError("the loss is too large for a grid")
     composed = _steps(history[0], spacing)
     for entry in history[1:]:
         composed = composed.compose(_steps(entry, spacing))
@@ -67,11 +75,7 @@ def _epsilon(history: Sequence[Entry], delta: float) -> float:
 
 
 def epsilons(histories: Sequence[tuple[Entry, ...]], delta: float) -> list[float]:
-    """Epsilon of each canonical history.
-
-    Raises:
-        OverflowError: A loss so large that its grid would not fit into memory; the caller falls back to RDP.
-    """
+    """Epsilon of each canonical history; for those whose `load` is at most 1."""
     return [_epsilon(history, delta) for history in histories]
 
 
@@ -94,7 +98,7 @@ def group_epsilon(history: Sequence[Entry], examples: int, delta: float) -> floa
     from scipy.stats import binom
 
     spacing = min(GROUP_GRID, 10 * grid(history))
-    if any(_reach(entry, examples) / spacing > MOST_POINTS for entry in history):
+    if any(_reach(entry, examples) / spacing > MOST_GROUP_POINTS for entry in history):
         raise OverflowError("the loss is too large for a grid")
     composed = None
     for entry in history:

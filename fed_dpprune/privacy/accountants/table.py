@@ -2,7 +2,7 @@
 
 Every figure goes through `_figures`: canonical form, memory, cache, accountant, in that order. So the plan, the run, the
 ledger and a second process get the same float for the same history. An accountant that fails is replaced by a sound one
-(RDP, then RDP at whole orders), never by "nothing spent".
+(RDP, then RDP at whole orders), never by "nothing spent"; so is one that would take too long or too much memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from fed_dpprune.config import REFUSED
 from fed_dpprune.errors import ConfigError
@@ -21,7 +22,7 @@ from fed_dpprune.privacy import renyi
 from fed_dpprune.privacy.cache import Figures
 from fed_dpprune.privacy.history import Entry, as_one, merge
 
-REVISION = 1
+REVISION = 2
 _log = logging.getLogger(__name__)
 
 
@@ -76,13 +77,31 @@ def check_delta(delta: float) -> None:
         raise ConfigError("privacy.delta", f"{delta!r} is not between 0 and 1", "use something below 1 / number of examples")
 
 
+def _module(accountant: str) -> Any:
+    return importlib.import_module(lookup(accountant).module)
+
+
+def load(history: Sequence[Entry], delta: float, accountant: str) -> float:
+    """What a figure would cost, 1 being the most that is allowed; told in milliseconds, from bounds alone.
+
+    So a setting that a hostile server chose is judged in bounded time and memory: past 1 the looser bound is the figure.
+    """
+    try:
+        return float(_module(accountant).load(merge(history), delta))
+    except ArithmeticError:  # numbers past every float
+        return math.inf
+
+
 def compute(history: History, delta: float, accountant: str) -> tuple[float, bool]:
     """(epsilon, whether the named accountant itself gave it) of one canonical history; no memory, no cache."""
     if not history:
         return 0.0, True
     for name in dict.fromkeys((accountant, "rdp")):
+        if load(history, delta, name) > 1.0:
+            _log.info("accountant %s would take too long for this history; taking a looser one", name)
+            continue
         try:
-            figure = importlib.import_module(lookup(name).module).epsilons([history], delta)[0]
+            figure = _module(name).epsilons([history], delta)[0]
         except (ArithmeticError, ValueError, RuntimeError, MemoryError, IndexError, TypeError) as error:
             _log.info("accountant %s failed (%s); falling back to a looser one", name, error)
             continue
@@ -202,8 +221,7 @@ def group_epsilon(history: Sequence[Entry], examples: int, delta: float, cache: 
         known.update(cache.read(family))
     if key not in known:
         try:
-            pld = importlib.import_module(lookup("pld").module)
-            known[key] = max(0.0, float(pld.group_epsilon(canonical, examples, delta)))
+            known[key] = max(0.0, float(_module("pld").group_epsilon(canonical, examples, delta)))
         except (ArithmeticError, ValueError, RuntimeError, MemoryError, IndexError, TypeError) as error:
             _log.info("the exact group price failed (%s); falling back to a bound", error)
             return epsilon(as_one(canonical, examples), delta, "pld", cache)
