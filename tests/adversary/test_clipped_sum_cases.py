@@ -218,28 +218,27 @@ def test_a_word_looked_up_again_with_the_other_sign_keeps_the_bound(route):
 
 
 @every_route
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("net", ["mlp-784", "mlp-33"])
-def test_no_batch_size_flips_a_neighbours_activation(route, threads, net):
+def test_no_batch_size_flips_a_neighbours_activation(route, net):
     """Was 7.0 from 3 others to 4 in a 784-128-8 net (three neighbours turned around, and the added one): every n to 70."""
     rng = np.random.default_rng(1)
     worst = 0.0, 0
     for n in range(1, 71):
-        for sizes in ((n, n + 1), (n + 1, n)):
+        for threads in (1, 2) if n < 16 or n % 16 in (15, 0) else (1 + n % 2,):
             torch.set_num_threads(threads)
-            case = wired(rng, net, route, n, sizes)
+            case = wired(rng, net, route, n, (n, n + 1) if threads == 1 else (n + 1, n))
             case.threads = threads
             worst = max(worst, (move(case), n))
     assert worst[0] <= LIMIT, f"moved by {worst[0]} with {worst[1]} others"
 
 
 @every_route
-@pytest.mark.parametrize("micro_batch", [100, 4, 3, 1, 64])
+@pytest.mark.parametrize("micro_batch", [100, 4, 1])
 def test_no_micro_batch_flips_a_neighbours_activation(route, micro_batch):
     """Was 7.0 from 103 others to 104 with micro-batches of 100, which a run-config could ask for."""
     rng = np.random.default_rng(2)
-    for _ in range(6):
-        for sizes in ((3, 4), (4, 3), (1, 2), (1, 4)):
+    for _ in range(3):
+        for sizes in ((3, 4), (4, 3), (1, 2)):
             case = wired(rng, "mlp-784", route, micro_batch + min(sizes), sizes)
             case.micro_batch = micro_batch
             assert move(case) <= LIMIT
@@ -252,19 +251,47 @@ def test_a_bad_row_leaves_the_others_where_they_are(route, bad, place):
     """Was 7.0: dropped rows changed the shape of what was left, as did the place within the micro-batches."""
     rng = np.random.default_rng(3)
     for micro_batch in (0, 4):
-        for _ in range(10):
+        for _ in range(4):
             case = wired(rng, "mlp-784", route, 4, (3, 4))
             case.x[place], case.place, case.micro_batch = bad, place, micro_batch
-            assert move(case) <= LIMIT
-            if not np.isfinite(bad):
-                assert move(case) == 0.0
+            moved_so_far = move(case)
+            assert moved_so_far <= LIMIT if np.isfinite(bad) else moved_so_far == 0.0
+
+
+@every_route
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_label_past_the_classes_leaves_the_others_as_they_are(route, place):
+    """Was 12 with 5 others: an error under vmap, and from then on every example was run by itself, with other bits."""
+    rng = np.random.default_rng(11)
+    for rows in (1, 4, 8, 16, 32):
+        case = wired(rng, "mlp-784", route, 5, (rows, 1) if rows > 1 else (2, 1))
+        own = layout_of(NETS["mlp-784"].build())
+        gradient = PrivateGradient(NETS["mlp-784"].build(), own, backend=route)  # of its own: the change outlived the call
+        gradient.set_weights(case.weights)
+        gradient.set_support(from_mask(case.mask))
+        before = gradient.clipped_sum(case.x, case.y, Clipping(1.0))
+        case.y[place] = 99
+        assert moved_by(gradient, case.x, case.y, place, Clipping(1.0)) == 0.0
+        case.y[place] = 2
+        assert gradient.clipped_sum(case.x, case.y, Clipping(1.0)).tobytes() == before.tobytes()
+
+
+@every_route
+@pytest.mark.parametrize("word", [-1, 11, 2**40])
+def test_a_word_past_the_vocabulary_leaves_the_others_as_they_are(route, word):
+    rng = np.random.default_rng(12)
+    x, y = _examples(rng, NETS["embedding"], 6, 1.0), _labels(rng, "cross-entropy", 6, CLASSES)
+    x[2, 1] = word
+    own = layout("embedding")
+    case = Case("embedding", "cross-entropy", route, _unit(rng, "embedding", 1.0), dense(own.d).mask, x, y, place=2)
+    assert move(case) == 0.0
 
 
 @every_route
 def test_an_overflow_does_not_send_the_others_another_way(route):
     """One example whose products overflowed had all of the batch computed again in float64, where other activations flip."""
     rng = np.random.default_rng(4)
-    for _ in range(10):
+    for _ in range(4):
         case = wired(rng, "mlp-784", route, 6, (6, 7))
         w1, b1, w2, b2 = layout("mlp-784").split(case.weights).values()
         exact = w1.astype(np.float64) @ case.x[0].astype(np.float64)
@@ -285,11 +312,11 @@ def test_an_overflow_does_not_send_the_others_another_way(route):
 def test_one_examples_contribution_has_the_same_bits_however_it_is_computed(route, net):
     """Thread counts, micro-batches, addresses, neighbours that are absent (rows that are not finite), and its place."""
     rng = np.random.default_rng(7)
-    for trial in range(3):
+    for trial in range(2):
         case = _kind_or_wild(rng, net, route, trial)
         clipping = Clipping(1e-2, MODES[trial])
         sums = []
-        for threads, micro_batch in ((1, 0), (2, 0), (1, 1), (2, 3)):
+        for threads, micro_batch in ((1, 0), (2, 3)):
             case.threads, case.micro_batch = threads, micro_batch
             gradient = ready(case)
             sums.append(gradient.clipped_sum(case.x[:1], case.y[:1], clipping))
@@ -297,7 +324,7 @@ def test_one_examples_contribution_has_the_same_bits_however_it_is_computed(rout
             sums.append(gradient.clipped_sum(odd, case.y[:1], clipping))
             if NETS[net].words:
                 continue
-            for n, place in ((2, 0), (2, 1), (4, 3), (17, 16), (33, 5), (70, 69), (129, 128)):
+            for n, place in ((2, 0), (4, 3), (17, 16), (33, 32), (70, 5)):
                 x, y = np.full((n, *case.x.shape[1:]), np.nan, F32), np.repeat(case.y[:1], n, 0)
                 x[place] = case.x[0]
                 sums.append(gradient.clipped_sum(x, y, clipping))
@@ -305,24 +332,23 @@ def test_one_examples_contribution_has_the_same_bits_however_it_is_computed(rout
 
 
 def _kind_or_wild(rng: np.random.Generator, net: str, route: str, trial: int) -> Case:
-    loss = ["cross-entropy", "weighted", "cross-entropy"][trial]
+    loss = ["cross-entropy", "weighted"][trial]
     outputs = 8 if net == "mlp-784" else CLASSES
     x, y = _examples(rng, NETS[net], 5, 1.0), _labels(rng, loss, 5, outputs)
-    return Case(net, loss, route, _unit(rng, net, [0.0, 1.0, 3.0][trial]), _mask(rng, net), x, y)
+    return Case(net, loss, route, _unit(rng, net, [0.0, 3.0][trial]), _mask(rng, net), x, y)
 
 
 @every_route
-@pytest.mark.parametrize("threads", [1, 2])
-def test_an_examples_contribution_has_the_same_bits_among_silent_neighbours(route, threads):
+def test_an_examples_contribution_has_the_same_bits_among_silent_neighbours(route):
     """Neighbours of zeros have no gradient in the first layer, so the sum there is one example's alone, wherever it stands."""
     rng = np.random.default_rng(8)
-    for n in (*range(1, 71), 128, 129, 256, 257):
+    for n in (*range(1, 20), *range(29, 36), 63, 64, 65, 128, 256):
         case = wired(rng, "mlp-784", route, 1, (1, min(n + 1, 70)))
-        case.threads = threads
+        case.threads = 1 + n % 2
         gradient, clipping = ready(case), Clipping(1.0)
         alone = gradient.clipped_sum(case.x[:1], case.y[:1], clipping)
         assert np.linalg.norm(alone.astype(np.float64)) > 0.99
-        for place in {0, n, n // 2}:
+        for place in {0, n}:
             x = np.zeros((n + 1, 784), F32)
             x[place] = case.x[0]
             total = gradient.clipped_sum(x, np.full(n + 1, 2), clipping)
@@ -338,13 +364,13 @@ def _exact_norm_squared(values: np.ndarray) -> Fraction:
 
 @every_route
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("net", ["mlp-relu", "conv", "sequence", "embedding", "twice", "outside", "group-norm", "conv1d"])
+@pytest.mark.parametrize("net", ["mlp-relu", "conv", "sequence", "embedding", "twice", "outside"])
 def test_each_contribution_is_inside_the_declared_bound_and_the_sum_is_theirs(route, mode, net):
     """Norms in rational numbers; the sum of a batch in any order is that of its examples up to n^2 2^-50 C and the slack."""
     rng = np.random.default_rng(9)
-    for _ in range(3):
+    for _ in range(2):
         loss = str(rng.choice(list(LOSSES)))
-        n = int(rng.integers(2, 24))
+        n = int(rng.integers(2, 12))
         x, y = _examples(rng, NETS[net], n, float(rng.choice([1.0, 12.0]))), _labels(rng, loss, n, CLASSES)
         case = Case(net, loss, route, _unit(rng, net, float(rng.choice([0.0, 3.0]))), _mask(rng, net), x, y)
         clipping, gradient = Clipping(float(10 ** rng.uniform(-6, 6)), mode), ready(case)
