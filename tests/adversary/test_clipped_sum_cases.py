@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from fractions import Fraction
 
 import numpy as np
@@ -47,15 +48,21 @@ LIMIT = 1 + MEASURED
 every_route = pytest.mark.parametrize("route", ROUTES)
 
 
-def moved(net, live, x, y, *, route, clip_norm=1.0, weights=None, loss=weighted_outputs, place=0, micro_batch=0, mode="flat"):
-    """The move by example `place`; `live` are flat positions; no weights: all are 0."""
-    own = layout_of(net)
-    gradient = PrivateGradient(copy.deepcopy(net), own, backend=route, loss=loss, micro_batch=micro_batch)
-    gradient.set_weights(np.zeros(own.d, F32) if weights is None else weights)
-    mask = np.zeros(own.d, bool)
+@functools.lru_cache(maxsize=4)
+def _gradient_of(net, route, loss):
+    """An engine proves itself before its first sum; cases on one net share it."""
+    return PrivateGradient(copy.deepcopy(net), layout_of(net), backend=route, loss=loss)
+
+
+def moved(net, live, x, y, *, route, clip_norm=1.0, weights=None, loss=weighted_outputs, mode="flat"):
+    """The move by the first example; `live` are flat positions; no weights: all are 0."""
+    gradient = _gradient_of(net, route, loss)
+    d = gradient.layout.d
+    gradient.set_weights(np.zeros(d, F32) if weights is None else weights)
+    mask = np.zeros(d, bool)
     mask[live] = True
     gradient.set_support(from_mask(mask))
-    return moved_by(gradient, np.asarray(x, F32) if np.asarray(x).dtype != np.int64 else x, y, place, Clipping(clip_norm, mode))
+    return moved_by(gradient, x if x.dtype == np.int64 else x.astype(F32), y, 0, Clipping(clip_norm, mode))
 
 
 def one(size: int, **entries: float) -> np.ndarray:
@@ -94,11 +101,12 @@ def test_an_added_example_whose_products_overflow_adds_no_more(route):
 @pytest.mark.parametrize("no_data", [-LARGEST, LARGEST, -1e30])
 def test_a_no_data_value_in_a_frozen_column_on_fresh_weights(route, no_data):
     """Was 96 to 145 by seed, without any hostile server: an ordinary row in hundreds, one column that holds no data."""
-    worst = 0.0
+    worst, net = 0.0, nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 4))
     for seed in range(12):
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
-        net = nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 4))
+        for layer in (net[0], net[2]):
+            layer.reset_parameters()
         weights = np.concatenate([p.detach().numpy().ravel() for p in net.parameters()])
         first = rng.random((64, 30)) < 0.1
         first[:, 0] = False
@@ -261,7 +269,7 @@ def test_a_bad_row_leaves_the_others_where_they_are(route, bad, place):
 @every_route
 @pytest.mark.parametrize("place", [0, 3])
 def test_a_label_past_the_classes_leaves_the_others_as_they_are(route, place):
-    """Was 12 with 5 others: an error under vmap, and from then on every example was run by itself, with other bits."""
+    """Was an error; once caught, 12 with 5 others: under vmap it made the route run each example by itself from then on."""
     rng = np.random.default_rng(11)
     for rows in (1, 4, 8, 16, 32):
         case = wired(rng, "mlp-784", route, 5, (rows, 1) if rows > 1 else (2, 1))
@@ -293,7 +301,7 @@ def test_an_overflow_does_not_send_the_others_another_way(route):
     rng = np.random.default_rng(4)
     for _ in range(4):
         case = wired(rng, "mlp-784", route, 6, (6, 7))
-        w1, b1, w2, b2 = layout("mlp-784").split(case.weights).values()
+        w1, b1, w2, _ = layout("mlp-784").split(case.weights).values()
         exact = w1.astype(np.float64) @ case.x[0].astype(np.float64)
         unit = int(np.flatnonzero(w2[0] == 1e30)[0])
         for shift in range(-1, 2):
@@ -316,7 +324,7 @@ def test_one_examples_contribution_has_the_same_bits_however_it_is_computed(rout
         case = _kind_or_wild(rng, net, route, trial)
         clipping = Clipping(1e-2, MODES[trial])
         sums = []
-        for threads, micro_batch in ((1, 0), (2, 3)):
+        for threads, micro_batch in ((1, 0), (2, 3)) if trial == 0 else ((2, 0),):
             case.threads, case.micro_batch = threads, micro_batch
             gradient = ready(case)
             sums.append(gradient.clipped_sum(case.x[:1], case.y[:1], clipping))
