@@ -193,14 +193,18 @@ def ready(case: Case) -> PrivateGradient:
 
 def moved_by(gradient: PrivateGradient, x: np.ndarray, y: np.ndarray, place: int, clipping: Clipping) -> float:
     """How far example `place` moves the sum, over what `Clipping.sensitivity` declares; above 1 the claim is broken."""
-    with_it = gradient.clipped_sum(x, y, clipping)
     without = gradient.clipped_sum(np.delete(x, place, 0), np.delete(y, place, 0), clipping)
+    with_it = gradient.clipped_sum(x, y, clipping)  # second: what an example changes for good in the engine must show
     return distance(with_it, without) / clipping.sensitivity(gradient.layout)
 
 
 def move(case: Case) -> float:
-    """How far the added example of a case moves the sum."""
-    return moved_by(ready(case), case.x, case.y, case.place, Clipping(case.clip_norm, case.mode))
+    """How far the added example of a case moves the sum; infinitely where it is answered by an error."""
+    try:
+        return moved_by(ready(case), case.x, case.y, case.place, Clipping(case.clip_norm, case.mode))
+    except (IndexError, RuntimeError, ValueError) as error:
+        case.story.append(f"[{type(error).__name__}: {error}]")
+        return float("inf")
 
 
 # ---- what starts and mutations are made of
@@ -466,6 +470,14 @@ def _labels_anew(rng: np.random.Generator, case: Case) -> None:
         case.y[:] = case.y[0]
 
 
+def _out_of_range(rng: np.random.Generator, case: Case) -> None:
+    """The added example has a label past the classes, or a word past the vocabulary; rarely, or nothing else is tried."""
+    if rng.random() < 0.3 and case.loss == "cross-entropy":
+        case.y[case.place] = int(rng.choice([-1, 99, 2**40]))
+    elif rng.random() < 0.3 and NETS[case.net].words:
+        case.x[case.place] = int(rng.choice([-1, 99, 2**40]))
+
+
 def _support(rng: np.random.Generator, case: Case) -> None:
     mask = case.mask.copy()
     if rng.random() < 0.4:
@@ -536,7 +548,7 @@ def _cancel(rng: np.random.Generator, case: Case) -> None:
 
 MUTATIONS = (
     _scale_weights, _special_weight, _new_weights, _scale_examples, _scale_examples, _special_example, _new_added,
-    _copy_example, _mirror, _mirror_weights, _labels_anew, _support, _support, _size, _setting, _setting, _cancel,
+    _copy_example, _mirror, _mirror_weights, _labels_anew, _out_of_range, _support, _support, _size, _setting, _setting, _cancel,
 )  # fmt: skip
 
 

@@ -127,8 +127,7 @@ def test_a_clip_factor_among_denormals_is_not_rounded_up(route):
 
 
 @every_route
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("inputs", [784, 150_000])
+@pytest.mark.parametrize(("inputs", "mode"), [(784, "flat"), (784, "per-layer"), (784, "automatic"), (150_000, "flat")])
 def test_the_norm_of_a_long_row_is_not_below_the_true_one(route, mode, inputs):
     """Was 1 + 2e-5 at 784 inputs and 1 + 4e-3 at 150,000: squares just below half the last place of a float32 sum vanish."""
     x = np.full((1, inputs), 2.0**-12 * 0.9999, F32)
@@ -228,11 +227,11 @@ def test_a_word_looked_up_again_with_the_other_sign_keeps_the_bound(route):
 @every_route
 @pytest.mark.parametrize("net", ["mlp-784", "mlp-33"])
 def test_no_batch_size_flips_a_neighbours_activation(route, net):
-    """Was 7.0 from 3 others to 4 in a 784-128-8 net (three neighbours turned around, and the added one): every n to 70."""
+    """Was 7.0 from 3 others to 4 in a 784-128-8 net (three neighbours turned around, and the added one)."""
     rng = np.random.default_rng(1)
     worst = 0.0, 0
-    for n in range(1, 71):
-        for threads in (1, 2) if n < 16 or n % 16 in (15, 0) else (1 + n % 2,):
+    for n in range(1, 71) if net == "mlp-33" else (*range(1, 36), 48, 63, 64, 65, 70):
+        for threads in (1, 2) if n < 9 or n % 16 in (15, 0) else (1 + n % 2,):
             torch.set_num_threads(threads)
             case = wired(rng, net, route, n, (n, n + 1) if threads == 1 else (n + 1, n))
             case.threads = threads
@@ -267,21 +266,35 @@ def test_a_bad_row_leaves_the_others_where_they_are(route, bad, place):
 
 
 @every_route
-@pytest.mark.parametrize("place", [0, 3])
-def test_a_label_past_the_classes_leaves_the_others_as_they_are(route, place):
+def test_a_label_past_the_classes_leaves_the_others_as_they_are(route):
     """Was an error; once caught, 12 with 5 others: under vmap it made the route run each example by itself from then on."""
     rng = np.random.default_rng(11)
-    for rows in (1, 4, 8, 16, 32):
-        case = wired(rng, "mlp-784", route, 5, (rows, 1) if rows > 1 else (2, 1))
-        own = layout_of(NETS["mlp-784"].build())
-        gradient = PrivateGradient(NETS["mlp-784"].build(), own, backend=route)  # of its own: the change outlived the call
-        gradient.set_weights(case.weights)
-        gradient.set_support(from_mask(case.mask))
-        before = gradient.clipped_sum(case.x, case.y, Clipping(1.0))
-        case.y[place] = 99
-        assert moved_by(gradient, case.x, case.y, place, Clipping(1.0)) == 0.0
-        case.y[place] = 2
-        assert gradient.clipped_sum(case.x, case.y, Clipping(1.0)).tobytes() == before.tobytes()
+    net = NETS["mlp-784"].build()
+    gradient = PrivateGradient(net, layout_of(net), backend=route)  # of its own: the change outlived the call
+    cases = [wired(rng, "mlp-784", route, 5, (rows, 1)) for rows in (4, 8, 16, 32) for _ in range(4)]
+
+    def sums(label: int) -> list[bytes]:
+        """Of each case, with this label on one example; a label past the classes makes it absent."""
+        made = []
+        for place, case in enumerate(cases):
+            gradient.set_weights(case.weights)
+            gradient.set_support(from_mask(case.mask))
+            y = np.where(np.arange(6) == place % 6, label, case.y)
+            made.append(gradient.clipped_sum(case.x, y, Clipping(1.0)).tobytes())
+        return made
+
+    def without() -> list[bytes]:
+        made = []
+        for place, case in enumerate(cases):
+            gradient.set_weights(case.weights)
+            gradient.set_support(from_mask(case.mask))
+            rest = np.arange(6) != place % 6
+            made.append(gradient.clipped_sum(case.x[rest], case.y[rest], Clipping(1.0)).tobytes())
+        return made
+
+    everyone, others = sums(2), without()
+    assert sums(99) == others
+    assert sums(2) == everyone
 
 
 @every_route
@@ -340,7 +353,7 @@ def test_one_examples_contribution_has_the_same_bits_however_it_is_computed(rout
 
 
 def _kind_or_wild(rng: np.random.Generator, net: str, route: str, trial: int) -> Case:
-    loss = ["cross-entropy", "weighted"][trial]
+    loss = "cross-entropy"
     outputs = 8 if net == "mlp-784" else CLASSES
     x, y = _examples(rng, NETS[net], 5, 1.0), _labels(rng, loss, 5, outputs)
     return Case(net, loss, route, _unit(rng, net, [0.0, 3.0][trial]), _mask(rng, net), x, y)
