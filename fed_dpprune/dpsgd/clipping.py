@@ -18,7 +18,7 @@ MODES = ("flat", "per-layer", "automatic")
 STABILITY = 0.01
 UNIT = 2.0**-53  # the largest relative error of one float64 operation
 # Examples of one batch for which `slack` holds, and how many of them are added up before their sum joins the total.
-MOST_EXAMPLES, GROUP = 1 << 24, 1 << 12
+MOST_EXAMPLES, GROUP = 1 << 20, 1 << 10
 
 
 def slack(coordinates: int, tensors: int) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fed_dpprune.dpsgd import compiled, selfcheck
 from fed_dpprune.dpsgd.arithmetic import pinned
-from fed_dpprune.dpsgd.clipping import GROUP, Clipping
+from fed_dpprune.dpsgd.clipping import GROUP, MOST_EXAMPLES, Clipping
 from fed_dpprune.dpsgd.grad_sample.contribution import Contribution
 from fed_dpprune.dpsgd.layered import LayerEngine, Pass
 from fed_dpprune.dpsgd.live import LiveTensor, live_tensors
@@ -163,7 +163,8 @@ class PrivateGradient:
         Adding or removing one example, of whatever content, moves the result by at most `clipping.sensitivity(layout)` in L2.
 
         Args:
-            x: Examples, shape (n, ...). n = 0 is legal: an empty Poisson batch still gets its noise.
+            x: Examples, shape (n, ...). n = 0 is legal: an empty Poisson batch still gets its noise. Those beyond MOST_EXAMPLES,
+                for which the bound is proven, count as absent.
             y: Labels, shape (n,).
             clipping: The bound.
 
@@ -174,7 +175,7 @@ class PrivateGradient:
             ConfigError: The model does not prove itself (first call for a shape of inputs); never for what an example holds: one
                 whose loss or live gradient is not finite, or which the module cannot take, adds nothing.
         """
-        inputs, labels = self._to_device(x), self._to_device(y)
+        inputs, labels = self._to_device(x[:MOST_EXAMPLES]), self._to_device(y[:MOST_EXAMPLES])
         total = np.zeros(self._wide.k, dtype=np.float64)
         if self._live and len(inputs):
             rows = self.prove(inputs, labels)
