@@ -104,14 +104,17 @@ def test_the_sum_has_the_same_bits_at_any_number_of_threads_and_under_any_mode_o
         torch.set_num_threads(threads)
 
 
-def test_denormals_are_kept_inside_and_the_mode_of_products_is_put_back():
-    tiny = torch.tensor([1e-42])
+def test_denormals_are_kept_and_one_thread_runs_inside_and_the_mode_of_products_is_put_back():
+    tiny, threads = torch.tensor([1e-42]), torch.get_num_threads()
     torch.set_flush_denormal(True)
+    torch.set_num_threads(2)
     try:
         with pinned(CPU):
             assert (tiny * 1).item() > 0 and torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
 
 
 def test_micro_batches_have_one_shape_that_no_argument_sets(monkeypatch):
