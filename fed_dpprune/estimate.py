@@ -35,6 +35,8 @@ PROCESS_BYTES = {"inline": 880e6, "ray": 690e6}
 MODEL_COPIES = 16
 # dpsgd.reference.MEMORY_BYTES, which caps the gradients held at once; kept equal by a test (no torch here).
 HELD_BYTES = 256 * 2**20
+# dpsgd.gradient's micro-batches, which are filled up to these rows, and what counts as a small net there; likewise.
+ROWS, ROWS_OF_SMALL, SMALL = 32, 64, 1 << 16
 FLOAT32 = 4
 ASSUMES = "one unloaded CPU core (AVX-512) per client process; within a factor of 2 of the runs in benchmarks/NOTES.md"
 
@@ -111,11 +113,13 @@ def estimate(
     memory = _memory(config, layout, work, batch=max(batches), own=own * max(live_by_round))
     evaluation = test_size * FORWARD_SHARE * _example_seconds(work, own=0.0) * _evaluations(config) / config.federation.rounds
     seconds = []
+    rows = ROWS_OF_SMALL if work.values <= SMALL else ROWS  # on average half of the last micro-batch is filling
     for cohort, live in zip(cohorts, live_by_round, strict=True):
         example = _example_seconds(work, own=own * live)
         clients = [
             SECONDS_PER_CLIENT[backend]
-            + config.federation.local_steps * (SECONDS_PER_STEP + SECONDS_PER_LIVE * live + batches[client] * example)
+            + config.federation.local_steps
+            * (SECONDS_PER_STEP + SECONDS_PER_LIVE * live + (batches[client] + 0.5 * rows) * example)
             for client in cohort
         ]
         seconds.append(SECONDS_PER_ROUND + evaluation + max(max(clients), sum(clients) / actors))

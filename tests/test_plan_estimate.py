@@ -114,6 +114,13 @@ def test_the_cap_is_the_gradient_engines():
     assert estimate.HELD_BYTES == MEMORY_BYTES
 
 
+def test_the_rows_of_a_micro_batch_are_the_gradient_engines():
+    from fed_dpprune.dpsgd import gradient
+
+    for name in ("ROWS", "ROWS_OF_SMALL", "SMALL"):
+        assert getattr(estimate, name) == getattr(gradient, name)
+
+
 def test_matrices_hold_no_gradient_of_each_example():
     matrices = Layout((Tensor("h.weight", (100, 100)),))
     assert rough(layout=matrices, live=10_000).client_memory_bytes == rough(layout=matrices, live=10).client_memory_bytes
@@ -134,7 +141,7 @@ def test_time_grows_in_step_with_rounds_steps_clients_and_work():
     assert rough(actors=40).seconds_per_round == pytest.approx(rough(actors=4).seconds_per_round)  # one client is the least
     assert rough(test=0).seconds_per_round == pytest.approx(train + estimate.SECONDS_PER_ROUND)
     assert rough(Work(2 * WORK.multiply_adds, WORK.values), test=0).seconds_per_round - rough(test=0).seconds_per_round == (
-        pytest.approx(4 * 2 * 50 * WORK.multiply_adds * estimate.SECONDS_PER_MULTIPLY_ADD)
+        pytest.approx(4 * 2 * (50 + estimate.ROWS_OF_SMALL / 2) * WORK.multiply_adds * estimate.SECONDS_PER_MULTIPLY_ADD)
     )
 
 
