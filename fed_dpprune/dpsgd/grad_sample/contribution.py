@@ -15,6 +15,7 @@ from fed_dpprune.dpsgd.compiled import Kernel
 from fed_dpprune.dpsgd.live import LiveTensor
 
 PADDING = 16  # the most lanes the kernel has
+CHUNK_BYTES = 32 * 2**20  # scratch of one product over several examples
 COLUMNS = 1 << 16  # coordinates that are widened to float64 at once
 
 
@@ -47,6 +48,17 @@ class Call:
 
 def _widen(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def even_part(rows: int, floats: int) -> int:
+    """How many examples to take at once so that `floats` numbers each fit into CHUNK_BYTES: a divisor of `rows`, a power of two.
+
+    All parts have one shape then, which a left-over would not have; `floats` must follow from the layer alone.
+    """
+    size = 1
+    while size < rows and rows % (2 * size) == 0 and 2 * size * floats * 4 <= CHUNK_BYTES:
+        size *= 2
+    return size
 
 
 def address(tensor: Tensor, dtype: torch.dtype) -> int:

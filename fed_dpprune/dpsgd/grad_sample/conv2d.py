@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpprune.dpsgd.compiled import Kernel
-from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Shared, Values, pick
+from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Shared, Values, even_part, pick
 from fed_dpprune.dpsgd.grad_sample.sampled import Window, sliding
 from fed_dpprune.dpsgd.live import LiveTensor
 
-CHUNK_BYTES = 32 * 2**20
 # Output positions from which the grouped convolution is the faster one, unless the windows of one example are small (floats).
 # Measured on CPU.
 GROUPED_FROM = 100
@@ -66,36 +65,33 @@ def _torch(x: Tensor, g: Tensor, window: Window, live: Mapping[str, LiveTensor])
 
 
 def _weights(x: Tensor, g: Tensor, window: Window, live: LiveTensor) -> Tensor:
-    """Gradients of the live weights, shape (n, m), some examples at a time; frozen output channels are left out."""
+    """Gradients of the live weights, shape (n, m), some examples at a time.
+
+    All weights are computed, whatever lives: the shapes of the products, hence their rounding, follow from the layer alone
+    and are those that the module was proven with. A support is the server's choice.
+    """
     places = g[0, 0].numel()
     unfolds = window.groups == 1 and (places < GROUPED_FROM or places * live.columns < SMALL_WINDOWS)
-    channels_inside = unfolds and not live.full
-    rows, positions = _wanted(live, window, g, channels_inside)
-    if rows is not None:
-        g = g.index_select(1, rows)
-    scratch = live.columns * (places if unfolds else 0) + g.shape[1] * live.columns
-    size = max(1, CHUNK_BYTES // (4 * scratch))
+    positions = _positions(live, window, g.device, channels_inside=unfolds)
+    size = even_part(g.shape[0], live.columns * (places if unfolds else 0) + g.shape[1] * live.columns)
     parts = []
     for start in range(0, g.shape[0], size):
         here = slice(start, start + size)
-        whole = _unfolded(x[here], g[here], window, channels_inside) if unfolds else _grouped(x[here], g[here], window)
-        parts.append(whole if live.full else whole.index_select(1, positions))
+        whole = _unfolded(x[here], g[here], window) if unfolds else _grouped(x[here], g[here], window)
+        parts.append(whole.index_select(1, positions))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _wanted(live: LiveTensor, window: Window, like: Tensor, channels_inside: bool) -> tuple[Tensor | None, Tensor]:
-    """The live output channels (None: all), and the live weights' places among the weights of these; once per support."""
-    key = ("wanted", str(like.device), channels_inside)
+def _positions(live: LiveTensor, window: Window, device: torch.device, *, channels_inside: bool) -> Tensor:
+    """The live weights' places among all weights as the product lays them out; once per support."""
+    key = ("places", str(device), channels_inside)
     if key not in live.cache:
         row, column = np.divmod(live.positions, live.columns)
-        rows = None
-        if window.groups == 1 and live.rows.size < like.shape[1]:
-            rows, row = torch.tensor(live.rows, device=like.device), np.searchsorted(live.rows, row)
         if channels_inside:
             channel, inside = np.divmod(column, window.kernel[0] * window.kernel[1])
             column = inside * (live.columns // (window.kernel[0] * window.kernel[1])) + channel
-        live.cache[key] = rows, torch.tensor(row * live.columns + column, device=like.device)
-    found: tuple[Tensor | None, Tensor] = live.cache[key]
+        live.cache[key] = torch.tensor(row * live.columns + column, device=device)
+    found: Tensor = live.cache[key]
     return found
 
 
@@ -123,19 +119,15 @@ def _grouped(x: Tensor, g: Tensor, window: Window) -> Tensor:
     return torch.func.vmap(one)(x, g).flatten(1)
 
 
-def _unfolded(x: Tensor, g: Tensor, window: Window, channels_inside: bool) -> Tensor:
+def _unfolded(x: Tensor, g: Tensor, window: Window) -> Tensor:
     """Windows laid out as rows, then one matrix product per example: best on small maps.
 
-    With `channels_inside` a window and the result's columns are ordered (vertical, horizontal, channel): longer runs to copy.
+    A window and the result's columns are ordered (vertical, horizontal, channel): longer runs to copy.
     """
-    x = _roomy(x, g, window)
-    if channels_inside:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = _roomy(x, g, window).contiguous(memory_format=torch.channels_last)
     (n, channels), (height, width) = x.shape[:2], g.shape[2:]
     of_n, of_c, of_y, of_x = x.stride()
-    inner = [(channels, of_c), (window.kernel[0], of_y * window.dilation[0]), (window.kernel[1], of_x * window.dilation[1])]
-    if channels_inside:
-        inner.append(inner.pop(0))
+    inner = [(window.kernel[0], of_y * window.dilation[0]), (window.kernel[1], of_x * window.dilation[1]), (channels, of_c)]
     dimensions = [(n, of_n), (height, of_y * window.stride[0]), (width, of_x * window.stride[1]), *inner]
     windows = x.as_strided([size for size, _ in dimensions], [stride for _, stride in dimensions])
     return torch.bmm(g.flatten(2), windows.reshape(n, height * width, -1)).flatten(1)

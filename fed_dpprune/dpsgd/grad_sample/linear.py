@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpprune.dpsgd.compiled import Kernel
-from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Unfit, Values, address, on_device, pick
+from fed_dpprune.dpsgd.grad_sample.contribution import Call, Contribution, Unfit, Values, address, even_part, on_device, pick
 from fed_dpprune.dpsgd.grad_sample.sampled import Window, sliding
 from fed_dpprune.dpsgd.live import LiveTensor
 
-CHUNK_BYTES = 32 * 2**20
 # Sampled products take this much of the time of the two dense products and the gathering that any mask needs.
 DENSE_FROM = 0.65
 # Torch's products with compressed rows: the density up to which they beat the dense ones (measured on CPU, with MKL).
@@ -72,7 +71,7 @@ def _several(a: Tensor, g: Tensor, live: LiveTensor, kernel: Kernel | None) -> C
     if kernel is not None:
         wide = a.transpose(1, 2).unsqueeze(2), g.transpose(1, 2).unsqueeze(2)  # (n, features, 1, positions), a view
         return cast(Contribution, sliding(kernel, *wide, Window(), live, None)[0])
-    size = max(1, CHUNK_BYTES // (4 * live.size))
+    size = even_part(a.shape[0], live.size)
     parts = []
     for start in range(0, a.shape[0], size):
         part = slice(start, start + size)
