@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fed_dpprune import __version__, console
+from fed_dpprune import __version__, console, places
 from fed_dpprune import config as cfg
 from fed_dpprune.errors import BadInput, FedDPPruneError
 
@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
     prepared = prepare(config)
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        places.make_folder(out)
     except OSError as error:
         raise BadInput(str(out), f"cannot be made ({error.strerror})", "choose another --out") from None
     try:

@@ -126,7 +126,7 @@ def quiet_screen(log_path: Path) -> Iterator[Screen]:
     """
     calm_environment()
     _flush()
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     saved = (_duplicate(1), _duplicate(2))
     screen = Screen(*(os.fdopen(os.dup(copy), "w", buffering=1, encoding="utf-8", errors="replace") for copy in saved))
     try:

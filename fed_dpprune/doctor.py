@@ -20,7 +20,7 @@ from typing import Any
 
 import fed_dpprune
 from fed_dpprune.console import Screen
-from fed_dpprune.places import cache_root, data_root
+from fed_dpprune.places import cache_root, data_root, why_not_alone
 from fed_dpprune.records import to_json
 
 PYTHON_FROM = (3, 11)
@@ -178,13 +178,27 @@ def _cache() -> Report:
     path = cache_root()
     above = next(folder for folder in (path, *path.parents) if folder.exists())
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
-    return {"path": str(path), "writable": os.access(above, os.W_OK), "bytes": sum(file.stat().st_size for file in files)}
+    return {
+        "path": str(path),
+        "writable": os.access(above, os.W_OK),
+        "bytes": sum(file.stat().st_size for file in files),
+        "not_alone": _whose(path),
+    }
+
+
+def _whose(path: Path) -> str:
+    """Why what lies there could be somebody else's; empty when it is this user's alone, or not there."""
+    try:
+        return why_not_alone(path)
+    except OSError as error:
+        return "" if isinstance(error, FileNotFoundError) else str(error)
 
 
 def collect() -> Report:
     """Everything that `doctor --json` prints; `advice` lists what to do, most urgent first, empty when all is well."""
     report: Report = {
         "version": fed_dpprune.__version__,
+        "code": {"path": str(Path(fed_dpprune.__file__).parent), "not_alone": _whose(Path(fed_dpprune.__file__).parent)},
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "packages": _packages(),
         "ray": _ray(),
@@ -214,6 +228,10 @@ def _advice(report: Mapping[str, Any]) -> Iterator[str]:
         yield "FED_DPPRUNE_DATA: is not set; set it to the folder of your data sets (digits needs none)"
     elif not data["root_exists"]:
         yield f"FED_DPPRUNE_DATA: {data['root']} is not a folder; set it to the folder of your data sets"
+    if report["code"]["not_alone"]:
+        yield f"the package's code: {report['code']['not_alone']}"
+    if cache["not_alone"]:
+        yield f"the cache, which is not used: {cache['not_alone']}"
     if not cache["writable"]:
         yield f"{cache['path']}: the cache cannot be written; set FED_DPPRUNE_CACHE to a folder that can"
 

@@ -1,7 +1,8 @@
 """A user's own code by dotted path: `package.module:name`. Standard library only.
 
 Whoever writes the config chooses what runs, so a client in a deployment must not take such a path from anyone but its own
-operator (`is_path` tells them apart). The working directory is searched after the installed packages.
+operator (`is_path` tells them apart). The working directory is searched after the installed packages, and only where it is
+this user's alone: in /tmp anybody could leave a module of that name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from fed_dpprune import places
 from fed_dpprune.errors import ConfigError
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -35,7 +37,11 @@ def resolve(path: str, key: str) -> Callable[..., Any]:
     """
     module_name, _, name = path.partition(":")
     here = os.getcwd()
-    added = here not in sys.path
+    try:
+        refusal = places.why_not_alone(here)
+    except OSError as error:
+        refusal = str(error)
+    added = here not in sys.path and not refusal
     if added:
         sys.path.append(here)
     try:
@@ -43,7 +49,8 @@ def resolve(path: str, key: str) -> Callable[..., Any]:
         for part in name.split("."):
             found = getattr(found, part)
     except ImportError as error:
-        raise ConfigError(key, f"{path}: {error}", "install the module or run where it lies") from None
+        unsearched = f"; the working directory is not searched: {refusal}" if refusal else ""
+        raise ConfigError(key, f"{path}: {error}{unsearched}", "install the module or run where it lies") from None
     except AttributeError as error:
         raise ConfigError(key, f"{path}: {error}", "name a function of that module") from None
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -145,12 +146,19 @@ def conditions(summary: Mapping[str, Any]) -> str:
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Replace `path` in one step; a reader sees the old file or the new one, also after kill -9 (power loss is not claimed)."""
+    """Replace `path` in one step; a reader sees the old file or the new one, also after kill -9 (power loss is not claimed).
+
+    The file is readable for its owner alone (0600). It is written under a name that nobody can guess or have taken.
+    """
     blob = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(blob)
-    os.replace(temporary, path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(handle, "wb") as file:
+            file.write(blob)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def append_lines(path: Path, rows: list[RoundRecord] | list[ClientRecord]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -84,12 +87,20 @@ def test_empty_batches_occur_with_their_probability_and_have_the_right_type() ->
     assert {batch.dtype for batch in batches} == {np.dtype(np.int64)}
 
 
-def test_the_chance_is_the_stated_rate_to_53_bits_and_never_above_it() -> None:
-    rate = 0.1
-    threshold = int(rate * 2**53)
-    assert threshold / 2**53 <= rate
-    edge = Fixed([(threshold - 1) << 11 | 0x7FF, threshold << 11, 0])
+@pytest.mark.parametrize("rate", [0.1, 1 / 3, 2.0**-12, 1 - 2.0**-53, 2.0**-12 * (1 - 2.0**-53), 1e-9, 2.0**-63])
+def test_the_chance_is_the_stated_rate_to_64_bits_and_never_above_it(rate: float) -> None:
+    threshold = math.floor(Fraction(rate) * 2**64)
+    edge = Fixed([threshold - 1, threshold, 0])
     assert poisson(3, rate, edge).tolist() == [0, 2]
+    if rate >= 2.0**-12:
+        assert Fraction(threshold, 2**64) == Fraction(rate), "every float from here on is met exactly"
+    else:
+        assert Fraction(rate) - Fraction(1, 2**64) < Fraction(threshold, 2**64) <= Fraction(rate)
+
+
+def test_at_rate_one_even_the_largest_word_is_in_and_below_the_smallest_step_none_is() -> None:
+    assert poisson(2, 1.0, Fixed([2**64 - 1, 0])).tolist() == [0, 1]
+    assert poisson(2, 2.0**-65, Fixed([2**64 - 1, 0])).tolist() == []
 
 
 def test_no_batch_is_capped() -> None:

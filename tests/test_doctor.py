@@ -146,3 +146,15 @@ def test_a_small_shared_memory_is_advice(monkeypatch):
     advice = "\n".join(doctor.collect()["advice"])
     assert "--shm-size" in advice
     assert "federation.actors = 1" in advice
+
+
+def test_a_cache_or_a_package_that_others_can_write_is_told_with_what_to_do(tmp_path, monkeypatch):
+    assert not any("can write it" in line for line in doctor.collect()["advice"])
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    monkeypatch.setattr(doctor.fed_dpprune, "__file__", str(tmp_path / "cache" / "__init__.py"))
+    report = doctor.collect()
+    reason = f"{tmp_path / 'cache'} has mode 777: everybody can write it; chmod go-w {tmp_path / 'cache'}"
+    assert report["cache"]["not_alone"].startswith(reason) and report["code"]["not_alone"].startswith(reason)
+    told = [line for line in report["advice"] if reason in line]
+    assert [line.partition(":")[0] for line in told] == ["the package's code", "the cache, which is not used"]

@@ -22,9 +22,10 @@ from fed_dpprune import config
 from fed_dpprune.data import cached, npz
 from fed_dpprune.data.dataset import Dataset, Labels
 from fed_dpprune.errors import DataError
-from fed_dpprune.places import cache_root, data_root
+from fed_dpprune.places import cache_root, data_root, make_folder, private_folder, require_alone
 
 COLOURS = (1, 3)
+PICKLED = ("CIFAR10", "CIFAR100")  # classes of torchvision's that unpickle what they read
 PATIENCE_S = 30.0  # a network that does not answer is no network
 SMALL = 64  # pixels: what sets with images of many sizes are resized to, after a square crop
 
@@ -123,8 +124,9 @@ def _open(name: str, cls: str, root: Path, arguments: dict[str, Any], advice: st
 
     patience = socket.getdefaulttimeout()
     try:
+        if root == downloads():
+            private_folder(root)
         if "download" in arguments:
-            root.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(PATIENCE_S)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return getattr(datasets, cls)(str(root), **arguments)
@@ -141,9 +143,26 @@ def _arrays(name: str) -> dict[str, NDArray[Any]]:
     root = data_root()
     if root is not None:
         with contextlib.suppress(DataError):
+            _refuse_pickles_of_others(name, entry, root)
             return dict(_parts(name, entry, root, {}))
         _bring_archives(entry, root)
     return dict(_parts(name, entry, downloads(), _fetching(entry)))
+
+
+def _refuse_pickles_of_others(name: str, entry: Entry, root: Path) -> None:
+    """Torchvision unpickles some sets, which runs what is in them: not from a folder that others can write.
+
+    The packed file is still used then: it is copied into the cache, and its checksum decides.
+
+    Raises:
+        DataError: A file or folder is not this user's alone.
+    """
+    try:
+        for folder in (root / word for word in entry.files if entry.cls in PICKLED and (root / word).is_dir()):
+            for path in (folder, *folder.iterdir()):
+                require_alone(path)
+    except OSError as error:
+        raise DataError(f"data.dataset = {name}", f"is not unpickled: {error}", wanted(name)) from None
 
 
 def _fetching(entry: Entry) -> dict[str, Any]:
@@ -162,7 +181,7 @@ def _bring_archives(entry: Entry, root: Path) -> None:
         for source in named.glob("*") if word.endswith("raw/") else [named]:
             target = downloads() / source.relative_to(root)
             if source.is_file() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(target.parent)
                 shutil.copyfile(source, target)
 
 

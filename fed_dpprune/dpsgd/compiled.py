@@ -3,6 +3,13 @@
 The library lies in the cache folder (FED_DPPRUNE_CACHE), named after the sources, the compiler's flags and the
 CPU's abilities, so that a changed kernel or another machine on a shared disk builds its own. Without a compiler everything runs
 on the torch rules; `kernel_status` says so and why.
+
+A library is code of this process, and its name can be computed by anybody. So one is loaded only from a folder that is this
+user's alone up to the root (`places`): there nobody else can have put or changed it, before or while it is loaded. A folder
+that is not is refused with the reason, never built into; a file in a good folder that fails (another owner, a second name) is
+built again. The digest of what was built lies beside it. Whoever could write the library could write the digest, so it adds
+nothing against an attacker, whom the owners keep out; it tells a cut or damaged library before the loader maps it, which
+would end the process. The compiler is the one that CXX or PATH names: these are the user's own, like the interpreter.
 """
 
 from __future__ import annotations
@@ -21,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fed_dpprune.dpsgd import ziggurat
-from fed_dpprune.places import cache_root
+from fed_dpprune.places import cache_root, private_folder, read_alone
+from fed_dpprune.records import write_atomically
 
 FOLDER = Path(__file__).parent / "kernels"
 # Each source with flags of its own. normal.cpp rounds where numpy does: no a * b + c in one go.
@@ -125,11 +133,11 @@ def kernel_status() -> dict[str, str | bool]:
 @functools.cache
 def _outcome() -> tuple[Kernel | None, str]:
     try:
-        target = cache_folder() / f"sampled-{_key()}.so"
+        target = private_folder(cache_folder()) / f"sampled-{_key()}.so"
         refusal = target.with_suffix(".failed")
         if refusal.exists():
             return None, f"an earlier build failed; see {refusal}, delete it to try again"
-        if target.exists():
+        if _is_as_built(target):
             try:
                 return Kernel(target), ""
             except OSError:
@@ -144,6 +152,22 @@ def _outcome() -> tuple[Kernel | None, str]:
         return Kernel(target), ""
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         return None, str(error)
+
+
+def _is_as_built(target: Path) -> bool:
+    """Whether the library is there, this user's alone, and byte for byte what was built."""
+    try:
+        return _digest(read_alone(target)) == read_alone(_beside(target)).decode("ascii", "replace")
+    except OSError:
+        return False
+
+
+def _digest(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
+
+
+def _beside(target: Path) -> Path:
+    return target.with_suffix(".sha256")
 
 
 def _compiler() -> str | None:
@@ -166,7 +190,6 @@ def _key() -> str:
 
 def _build(compiler: str, target: Path) -> str:
     """Build into a file of its own and move it into place; returns the compiler's complaint, empty when it worked."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     problem = ""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         for flags in FLAG_SETS:
@@ -176,7 +199,10 @@ def _build(compiler: str, target: Path) -> str:
             commands.append(["-shared", *objects.values(), "-o", str(made)])
             problem = next(filter(None, (_call(compiler, [*BASE_FLAGS, *flags, *command]) for command in commands)), "")
             if not problem:
+                made.chmod(0o700)  # a linker follows the umask
+                digest = _digest(made.read_bytes())
                 os.replace(made, target)
+                write_atomically(_beside(target), digest)
                 return ""
     return problem
 

@@ -18,6 +18,7 @@ from safetensors.numpy import load, save
 
 from fed_dpprune.errors import BadInput
 from fed_dpprune.federation.terms import blake
+from fed_dpprune.places import make_folder, read_alone
 from fed_dpprune.records import to_json, write_atomically
 
 STATE = "state.json"
@@ -42,7 +43,7 @@ class Checkpoint:
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; the previous one stays whole until this one is."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     blob = save({name: np.ascontiguousarray(array) for name, array in checkpoint.arrays.items()})
     name = f"arrays-{checkpoint.round}.safetensors"
     write_atomically(folder / name, blob)
@@ -63,14 +64,14 @@ def read(folder: Path, config: str) -> Checkpoint | None:
     """The folder's checkpoint, or None where a run was interrupted before its first.
 
     Raises:
-        BadInput: The checkpoint is damaged or belongs to another config.
+        BadInput: The checkpoint is damaged, could have been written by others, or belongs to another config.
     """
     path = folder / STATE
     if not path.exists():
         return None
     try:
-        head = json.loads(path.read_text())
-        blob = (folder / head["arrays"]).read_bytes()
+        head = json.loads(read_alone(path))
+        blob = read_alone(folder / head["arrays"])
         if blake(blob) != head["arrays_digest"]:
             raise BadInput(str(path), "its arrays are damaged", "start anew with --force")
         arrays = load(blob)

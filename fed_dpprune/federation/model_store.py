@@ -7,7 +7,6 @@ whose version is gone is not lost, it asks for a resync.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,8 @@ import numpy as np
 
 from fed_dpprune.federation.start import Start, Vector
 from fed_dpprune.federation.terms import blake
+from fed_dpprune.places import make_folder, read_alone
+from fed_dpprune.records import write_atomically
 from fed_dpprune.sparsity.support import from_mask
 
 IN_MEMORY = 4
@@ -42,7 +43,8 @@ class SharedStore:
     A file holds the version (8 bytes), the survivors' packed mask and the values (float32), little-endian.
 
     Args:
-        folder: Created on first use; every process of the host may use it at once (files appear by rename).
+        folder: Created on first use (0700); every process of the host may use it at once (files appear by rename). It
+            lies in a run directory, which is this user's alone.
         d: Length of the parameter vector.
     """
 
@@ -57,10 +59,10 @@ class SharedStore:
             self._memory.popitem(last=False)
 
     def load(self, digest: str) -> tuple[Start, int] | None:
-        """From memory, else from the folder; a damaged file counts as absent."""
+        """From memory, else from the folder; a damaged file, or one that others could have written, counts as absent."""
         if digest not in self._memory:
             try:
-                blob = (self.folder / f"{digest}.model").read_bytes()
+                blob = read_alone(self.folder / f"{digest}.model")
             except OSError:
                 return None
             held = unpack_model(blob, self.d)
@@ -75,10 +77,8 @@ class SharedStore:
         path = self.folder / f"{digest}.model"
         if path.exists():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(pack_model(begin, version))
-        temporary.replace(path)
+        make_folder(self.folder)
+        write_atomically(path, pack_model(begin, version))
 
     def keep_only(self, digests: set[str]) -> None:
         """Delete the files of versions that no client holds any more."""

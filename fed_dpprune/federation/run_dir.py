@@ -1,4 +1,8 @@
-"""The run directory of the contract: prepared once, written after every round, readable at any moment."""
+"""The run directory of the contract: prepared once, written after every round, readable at any moment.
+
+It is made for its owner alone (0700), and one that others can write, or that lies where others could rename it, is refused:
+the ledger, the models between rounds, the partition and the checkpoint in it are believed.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpprune import config as cfg
+from fed_dpprune import places
 from fed_dpprune.errors import BadInput
 from fed_dpprune.federation.terms import config_digest
 from fed_dpprune.records import ClientRecord, RoundRecord, append_lines, keep_rounds, to_json, write_atomically
@@ -51,11 +56,12 @@ class RunDir:
         """Refuse a folder that a run must not write to; writes nothing.
 
         Raises:
-            BadInput: It is not empty and neither `resume` nor `force` is given; it is not a folder; it belongs to another
-                config; there is nothing to resume; with `force`, it holds what no run of ours wrote.
+            BadInput: Others can write it; it is not empty and neither `resume` nor `force` is given; it is not a folder; it
+                belongs to another config; there is nothing to resume; with `force`, it holds what no run of ours wrote.
         """
         if self.path.exists() and not self.path.is_dir():
             raise BadInput(str(self.path), "is a file", "choose another --out")
+        _refuse_others(self.path)
         filled = self.path.is_dir() and any(path.name != "log.txt" for path in self.path.iterdir())
         if resume:
             self._check_resumable(config, filled)
@@ -74,10 +80,11 @@ class RunDir:
         if not resume:
             self._clear()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            places.make_folder(self.path)
+            _refuse_others(self.path)
             write_atomically(self.path / "config.toml", cfg.to_toml(config))
             for lines in (self.rounds, self.clients):
-                lines.touch()
+                lines.touch(mode=0o600)
         except OSError as error:
             raise BadInput(str(self.path), f"cannot be written ({error.strerror})", "choose another --out") from None
 
@@ -85,6 +92,8 @@ class RunDir:
         stored = self.path / "config.toml"
         if not filled or not stored.exists():
             raise BadInput(str(self.path), "holds no run to resume", "leave --resume out to start one")
+        for name in OURS:
+            _refuse_others(self.path / name)
         try:
             previous = cfg.build(cfg.flatten(tomllib.loads(stored.read_text())))
         except (OSError, tomllib.TOMLDecodeError) as error:
@@ -128,6 +137,22 @@ class RunDir:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace summary.json."""
         write_atomically(self.summary, to_json(summary, indent=2) + "\n")
+
+
+def _refuse_others(path: Path) -> None:
+    """Refuse a folder that is not this user's alone. Where it is missing, what exists of its path decides.
+
+    Raises:
+        BadInput: With the component and its owner or mode.
+    """
+    try:
+        places.require_alone(path)
+    except FileNotFoundError:
+        return  # it will be made, and looked at again
+    except places.NotAlone as refusal:
+        raise BadInput(str(path), f"is not this user's alone: {refusal}", "choose another --out") from None
+    except OSError as error:
+        raise BadInput(str(path), f"cannot be made or reached ({error.strerror})", "choose another --out") from None
 
 
 def default_path(config: cfg.Config, config_file: Path) -> Path:

@@ -6,6 +6,8 @@ builds travels to Ray's actors as a pickled object, never through a config or a 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import threading
@@ -35,6 +37,8 @@ from fed_dpprune.federation.model_store import SharedStore
 from fed_dpprune.federation.secrets import SeededSecrets
 from fed_dpprune.federation.terms import blake
 from fed_dpprune.federation.workbench import Workbench, workbench
+from fed_dpprune.places import make_folder, open_alone, require_alone
+from fed_dpprune.records import write_atomically
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,9 @@ class SimulatedClients:
     def runtime(self, context: Context) -> ClientRuntime:
         """The client that a node plays."""
         if self.home not in sys.path:
-            sys.path.append(self.home)
+            with contextlib.suppress(OSError):  # missing on this machine, or others can leave modules there
+                require_alone(self.home)
+                sys.path.append(self.home)
         partition = int(context.node_config["partition-id"])
         return ClientRuntime(
             ClientSetup(
@@ -125,7 +131,7 @@ def _parts(clients: SimulatedClients) -> list[NDArray[np.int64]]:
         FedDPPruneError: The draw gave something else than the driver's.
     """
     try:
-        with np.load(clients.partition, allow_pickle=False) as file:
+        with os.fdopen(open_alone(clients.partition), "rb") as opened, np.load(opened, allow_pickle=False) as file:
             rows, edges = file["rows"], file["edges"]
     except OSError:
         parts = gather(clients.config.model_copy(update={"data": clients.data})).parts
@@ -148,10 +154,9 @@ def _digest(rows: NDArray[np.int64], edges: NDArray[np.int64]) -> str:
 def write_parts(path: Path, parts: list[NDArray[np.int64]]) -> str:
     """Write the partition file; returns its digest."""
     rows, edges = pack_parts(parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, rows=rows, edges=edges)
-    temporary.replace(path)
+    blob = io.BytesIO()
+    np.savez(blob, rows=rows, edges=edges)
+    write_atomically(make_folder(path.parent) / path.name, blob.getvalue())
     return _digest(rows, edges)
 
 

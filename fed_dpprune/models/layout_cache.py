@@ -1,7 +1,7 @@
 """Layouts and work of torchvision's nets, remembered as JSON in FED_DPPRUNE_CACHE: the second `plan` needs no torch.
 
-The key holds the versions of the libraries that make the net, so an upgrade makes a new entry. A damaged or unwritable
-cache is no error: the layout is made again.
+The key holds the versions of the libraries that make the net, so an upgrade makes a new entry. A cache that is damaged, that
+cannot be written or that others can write (`places`) is no error: the layout is made again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from fed_dpprune.models.flat import Tensor, Work
 from fed_dpprune.models.spec import ModelSpec
-from fed_dpprune.places import cache_root
+from fed_dpprune.places import cache_root, private_folder, read_alone, require_alone
 from fed_dpprune.records import write_atomically
 
 MAKERS = ("torch", "torchvision", "opacus", "fed-dpprune")
@@ -30,12 +30,13 @@ def parts(spec: ModelSpec, make: Callable[[], Parts]) -> Parts:
     """The tensors of a net (none frozen) and its work, from the cache or from `make`."""
     path = _path(spec)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return _read(json.loads(path.read_text(encoding="utf-8")))
+        require_alone(path.parent)
+        return _read(json.loads(read_alone(path)))
     made = make()
     tensors, work = made
     row = {"tensors": [asdict(tensor) for tensor in tensors], "work": None if work is None else asdict(work)}
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         write_atomically(path, json.dumps(row))
     return made
 

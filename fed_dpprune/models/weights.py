@@ -19,7 +19,7 @@ from fed_dpprune.errors import ConfigError, DataError
 from fed_dpprune.models import initial
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.models.spec import TORCHVISION, ModelSpec
-from fed_dpprune.places import cache_root
+from fed_dpprune.places import cache_root, private_folder
 
 Named = dict[str, NDArray[np.float32]]
 
@@ -163,6 +163,7 @@ def _torchvision(spec: ModelSpec) -> Named:
             "model.weights", f"{spec.name} has no weights {chosen!r}", f"use one of {', '.join(kinds.__members__)}"
         ) from None
     try:
+        private_folder(folder)  # torch checks a digest when it downloads, never what lies there
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             state = entry.get_state_dict(model_dir=str(folder), progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, ValueError) as error:

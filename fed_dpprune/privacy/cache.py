@@ -43,11 +43,8 @@ class Figures:
         path = self._path(family)
         try:
             # A smaller epsilon in a forged file would be a larger budget: what others may write is not read.
-            for owned in (path.parent, path):
-                status = os.stat(owned)
-                if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-                    return {}
-            content: Any = json.loads(path.read_text(encoding="utf-8"))
+            places.require_alone(path.parent)
+            content: Any = json.loads(places.read_alone(path))
             values = content["values"]
             if content["family"] != family or content["checksum"] != _checksum(family, values):
                 return {}
@@ -62,7 +59,7 @@ class Figures:
         path = self._path(family)
         content = {"family": family, "values": merged, "checksum": _checksum(family, merged)}
         with contextlib.suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            places.private_folder(path.parent)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".figures-")
             try:
                 with open(handle, "w", encoding="utf-8") as file:

@@ -6,15 +6,16 @@ They know nothing of threads and of two openings in one process; the sets and lo
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
-import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from fed_dpprune import places
 from fed_dpprune.errors import LedgerError
 
 _held: set[str] = set()
@@ -53,7 +54,7 @@ class Lock:
         with _guard:
             if self._name in _held:
                 return False
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The holder before us may have removed the file that we opened: a lock on it would keep nobody out.
@@ -77,7 +78,7 @@ class Lock:
                 self._handle = -1
                 _held.discard(self._name)
 
-    @contextmanager
+    @contextlib.contextmanager
     def held(self, path: Path, wait_s: float) -> Iterator[None]:
         """The lock for the length of a block.
 
@@ -103,13 +104,15 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory that only its owner can enter (0700), when it is missing.
+    """A directory that only its owner can change, made for its owner alone (0700) when it is missing.
 
     Raises:
-        LedgerError: The place is not writable.
+        LedgerError: The place is not writable, or others can change it.
     """
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        places.private_folder(directory)
+    except places.NotAlone as refusal:
+        raise LedgerError(str(directory), f"is not this user's alone: {refusal}") from None
     except OSError as error:
         raise LedgerError(str(directory), f"cannot be made ({error.strerror})", "name a directory that you own") from None
 
@@ -130,19 +133,26 @@ def create_private(path: Path) -> None:
 
 
 def check_private(path: Path) -> None:
-    """Refuse a ledger that other users could read or replace.
+    """Refuse a ledger that other users could read or replace, or beside which they could put what SQLite would believe.
+
+    A journal that somebody else wrote beside the file would be rolled back into it; so the directory must be this user's
+    alone, a sticky one is not enough, and so must be what already lies beside the file.
 
     Raises:
-        LedgerError: The file's mode, or a directory that others may write.
+        LedgerError: See `places`; and a file that others can read.
     """
+    beside_it = (beside(path, ending) for ending in ("mark", "lock"))
+    journals = (beside_sqlite(path, ending) for ending in ("-journal", "-wal", "-shm"))
     try:
-        file, directory = os.stat(path), os.stat(path.parent)
+        places.require_alone(path.parent)
+        places.require_alone(path, secret=True)
+        for companion in (*beside_it, *journals):
+            with contextlib.suppress(FileNotFoundError):
+                places.require_alone(companion)
+    except places.NotAlone as refusal:
+        raise LedgerError(str(path), f"is not this user's alone: {refusal}") from None
     except OSError as error:
         raise LedgerError(str(path), f"cannot be read ({error.strerror})") from None
-    if stat.S_IMODE(file.st_mode) & 0o077:
-        raise LedgerError(str(path), f"has mode {stat.S_IMODE(file.st_mode):o}: others can read it", f"chmod 600 {path}")
-    if directory.st_mode & 0o022 and not directory.st_mode & stat.S_ISVTX:
-        raise LedgerError(str(path), "lies in a directory that others can write", f"chmod go-w {path.parent}")
 
 
 def sync_directory(directory: Path) -> None:
@@ -155,9 +165,8 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace a small file in one durable step, mode 0600."""
-    temporary = beside(path, f"{os.getpid()}.tmp")
-    handle = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    """Replace a small file in one durable step, mode 0600, written under a name that nobody can guess or have taken."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
     try:
         with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -166,5 +175,5 @@ def write_durably(path: Path, text: str) -> None:
         os.replace(temporary, path)
         sync_directory(path.parent)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
         raise

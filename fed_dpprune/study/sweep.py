@@ -16,6 +16,7 @@ from typing import Any
 from fed_dpprune import config as cfg
 from fed_dpprune.console import Screen, plain_screen, quiet_screen
 from fed_dpprune.errors import BadInput, FedDPPruneError
+from fed_dpprune.places import make_folder
 from fed_dpprune.records import write_atomically
 from fed_dpprune.study import design, results, workers
 from fed_dpprune.study.sweep_progress import SweepProgress
@@ -119,7 +120,7 @@ def sweep(
     if out.exists() and not out.is_dir():
         raise BadInput(str(out), "is a file", "choose another --out")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)  # the runs in it refuse a folder that others can write
         write_atomically(out / "study.toml", study_file.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(str(out), f"cannot be written ({error.strerror})", "choose another --out") from None
