@@ -98,7 +98,7 @@ def test_a_poisoned_example_moves_the_sum_by_at_most_the_clip_norm(poison):
         xs, ys = (torch.cat([x, torch.full((1, 1, 6, 6), poison)]), torch.cat([y, y[:1]])) if bad else (x, y)
         optimizer.zero_grad()
         nn.functional.cross_entropy(module(xs), ys, reduction="mean").backward()
-        sums.append(module.take_sum())
+        sums.append(module.take_sum()[0])
     assert np.isfinite(sums[1]).all()
     assert np.linalg.norm(sums[1] - sums[0]) <= 0.2 * (1 + 1e-5)
 
@@ -201,7 +201,9 @@ def test_noise_does_not_hang_on_the_global_seed():
     [
         ("poisson_sampling", False),
         ("clipping", "adaptive"),
-        ("grad_sample_mode", "ghost"),
+        ("grad_sample_mode", "ghost_fsdp"),
+        ("rand_on_empty", True),
+        ("loss_reduction", "none"),
         ("wrap_model", False),
         ("batch_first", False),
         ("refresh", "day"),

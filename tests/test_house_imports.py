@@ -17,7 +17,7 @@ LEAVES = {"config", "dotted", "errors", "places", "randomness", "records", "spar
 ARROWS: dict[str, set[str]] = {
     "comm": set(),
     "data": set(),
-    "dpsgd": set(),
+    "dpsgd": {"data.sampling"},  # the drop-in engine tosses the coins of the client
     "models": set(),
     "privacy": set(),
     "sparsity": set(),
