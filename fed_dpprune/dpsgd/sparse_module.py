@@ -236,8 +236,8 @@ class _Forward:
 
     def _arrive(self, gradient: Tensor) -> None:
         owner, optimizer = self._owner, self._owner.optimizer
-        if self.found is not None or self not in owner._open:
-            raise ConfigError("backward", "ran twice through one forward pass, or after its step", "run the model again")
+        if self not in owner._open:
+            raise ConfigError("backward", "runs through a forward pass of an earlier step", "run the model again")
         if [p._version for p in owner._module.parameters()] != self._versions or owner.support is not self._support:
             raise ConfigError("backward", "runs on other weights or another support than the forward pass", "run it again")
         assert optimizer is not None

@@ -62,6 +62,7 @@ class Tape:
     declared: Sequence[Tensor]
     arrive: Callable[[Tensor], None]
     leaves: list[Tensor] = field(init=False)
+    closed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         """One leaf an example, and half everywhere for the made-up one: every loss of the table takes it."""
@@ -227,12 +228,10 @@ def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _cut(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-        found = func(*args, **kwargs)
+        found = func(*_plain(args), **_plain(kwargs))
 
     def wrap(value: Any) -> Any:
         if isinstance(value, Tensor):
-            if type(value) is Taped:  # an operation that hands back its argument
-                value = value.detach()
             made = value.as_subclass(Cut)
             made.cut_by = name
             return made
@@ -242,6 +241,14 @@ def _cut(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return [wrap(part) for part in value] if isinstance(value, list) else value
 
     return wrap(found)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Cut):
+        return value.as_subclass(Tensor)
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
 
 
 def flat(value: Any) -> Iterator[Any]:
@@ -286,9 +293,12 @@ def _backward(loss: Any, gradient: Any = None, retain_graph: Any = None, create_
     values = loss.own
     if values.power is None:
         raise ConfigError("loss.backward()", "needs one number, a sum or a mean over examples", "reduce the loss first")
+    if values.tape.closed:
+        raise ConfigError("backward", "ran twice through one forward pass", "run the model again")
     scale, constant = resolved(values)
     if values.tape.n:
         _remember(values, [*values.constants, Constant(constant)])
+    values.tape.closed = True
     values.tape.arrive(values.tape.gradients(values.rows, scale))
 
 
