@@ -185,6 +185,8 @@ def test_factors_are_rounded_toward_zero_over_the_whole_range(mode):
 def test_the_slack_is_small_and_counts_every_addition():
     assert slack(10**7, 500) < 1e-4
     assert slack(10**7, 500) - slack(0, 0) == pytest.approx((10**7 + 1500) * 2.0**-53)
+    layout = layout_of(small_net())
+    assert Clipping(2.0).sensitivity(layout) == 2.0 * (1 + slack(layout.d, len(layout.tensors))) > 2.0
     assert slack(0, 0) >= 2 * MOST_EXAMPLES * (GROUP + MOST_EXAMPLES // GROUP) * 2.0**-53
 
 

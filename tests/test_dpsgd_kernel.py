@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fed_dpprune.dpsgd import compiled
 from fed_dpprune.dpsgd.clipping import Clipping
+from fed_dpprune.dpsgd.grad_sample.contribution import address
 from fed_dpprune.dpsgd.grad_sample.linear import Compressed, Masked, Sampled
 from fed_dpprune.dpsgd.gradient import PrivateGradient
 from fed_dpprune.dpsgd.live import LiveTensor
@@ -145,6 +146,14 @@ def test_norms_survive_products_of_huge_inputs_and_tiny_gradients(rule):
     np.testing.assert_allclose(out.numpy(), 1.5e-6, rtol=1e-5)
 
 
+def test_the_kernel_takes_no_memory_of_another_type():
+    right = torch.zeros(4, 16, dtype=torch.float64)
+    assert address(right, torch.float64) == right.data_ptr()
+    for wrong in (right.float(), right.T, torch.zeros(4, dtype=torch.bfloat16)):
+        with pytest.raises(TypeError, match="kernel needs"):
+            address(wrong, torch.float64)
+
+
 class Watch(TorchDispatchMode):
     """Notes every operation that makes a weight gradient of a whole batch, and every gradient of the first layer's input."""
 
@@ -228,6 +237,17 @@ def test_huge_and_ordinary_examples_together_stay_finite_and_bounded():
         engine = PrivateGradient(layer, layout, backend=backend)
         total = engine.clipped_sum(x, torch.tensor([0, 1]), Clipping(1.0))
         assert np.isfinite(total).all() and np.linalg.norm(total) <= 2 * (1 + 1e-5)
+
+
+def test_an_absent_example_leaves_the_kernels_sum_as_it_was():
+    layer = nn.Linear(40, 30)
+    layout, x, y = layout_of(layer), torch.randn(20, 40), torch.zeros(20, dtype=torch.long)
+    engine = PrivateGradient(layer, layout, backend="compiled")
+    engine.set_support(random_support(layout, 0.2, 0))
+    without = engine.clipped_sum(x[:19], y[:19], Clipping(0.1))
+    for poison in (np.nan, np.inf):
+        x[19] = poison
+        assert engine.clipped_sum(x, y, Clipping(0.1)).tobytes() == without.tobytes()
 
 
 @pytest.mark.gpu

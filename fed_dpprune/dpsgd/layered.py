@@ -22,6 +22,9 @@ from fed_dpprune.dpsgd.grad_sample.table import rule_for
 from fed_dpprune.dpsgd.live import LiveTensor
 from fed_dpprune.dpsgd.reference import Loss
 
+ALIGNED = 4  # values, from which on rows of a matrix begin at addresses that libraries treat alike
+APART = 16  # values of a cache line
+
 
 @dataclass(eq=False)
 class Site:
@@ -60,6 +63,7 @@ class LayerEngine:
         self._held: dict[str, bool] = {}  # whether a tensor's per-example gradients are kept until the sum
         names: dict[int, str] = {id(p): name for name, p in module.named_parameters()}
         self.parameters = list(module.parameters())
+        self.uneven = [layer for layer in module.modules() if type(layer) is nn.Linear and layer.in_features % ALIGNED]
         self._owners: dict[str, list[tuple[nn.Module, str]]] = {}
         for layer in module.modules():
             for own, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
@@ -129,6 +133,8 @@ class Pass:
         for parameter in self._asked:
             parameter.requires_grad = False
         self.anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device=parameters[0].device)
+        for layer in self._engine.uneven:
+            self._taken.append(layer.register_forward_pre_hook(_rows_apart).remove)
         for site in self._sites:
             hook = _Hook(site, self.anchor, self._n, self._engine.kernel)
             if site.rule is fallback.contributions:
@@ -155,6 +161,14 @@ class Pass:
             for own, part in site.found.items():
                 parts[site.live[own].name].append(part)
         return [found[0] if len(found) == 1 else Shared(found) for found in parts.values()]
+
+
+def _rows_apart(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Lay a linear layer's input out so that every row begins on a cache line: MKL rounds a row by where it begins."""
+    if not args or not isinstance(args[0], Tensor) or not args[0].ndim:
+        return None
+    features = args[0].shape[-1]
+    return (nn.functional.pad(args[0], (0, -features % APART))[..., :features], *args[1:])
 
 
 class _Hook:

@@ -30,7 +30,7 @@ class VmapEngine:
 
     def __init__(self, module: nn.Module, loss: Loss, dtype: torch.dtype) -> None:
         self.module, self.loss, self.dtype = module, loss, dtype
-        self._batches = True
+        self._batches: bool | None = None  # whether vmap can run the module; settled by the first, made-up examples
 
     def example_bytes(self, live: tuple[LiveTensor, ...]) -> int:
         """Rough memory of one example's gradients, to choose a micro-batch."""
@@ -64,12 +64,19 @@ class VmapEngine:
     def _over_examples(
         self, gradient: Callable[..., Any], wanted: dict[str, Tensor], x: Tensor, y: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """vmap, or a plain loop for modules that vmap cannot run (operations without a batching rule, Python branches)."""
-        if self._batches:
+        """vmap, or a plain loop for modules that vmap cannot run (operations without a batching rule, Python branches).
+
+        Which of them is settled by the first call, whose examples are made up (`selfcheck.py`): were it by what a private
+        example makes the module do, one example would change the way that all others take.
+        """
+        if self._batches is not False:
             try:
-                grads, losses = torch.func.vmap(gradient, in_dims=(None, 0, 0), randomness="different")(wanted, x, y)
+                grads, losses = torch.func.vmap(gradient, in_dims=(None, 0, 0), randomness="error")(wanted, x, y)
+                self._batches = True
                 return grads, losses
             except RuntimeError:
+                if self._batches:
+                    raise
                 self._batches = False
         rows, losses = zip(*(gradient(wanted, xi, yi) for xi, yi in zip(x, y, strict=True)), strict=True)
         return {name: torch.stack([row[name] for row in rows]) for name in wanted}, torch.stack(losses)

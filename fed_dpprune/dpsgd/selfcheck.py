@@ -169,7 +169,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs() <= TOLERANCE * (1e-6 + b.abs().max())).all()) if a.numel() else True
 
 
-def agrees(engine: Engine, module: nn.Module, loss: Loss, layout: Layout, x: Tensor, y: Tensor, rows: int) -> bool:
+def agrees(engine: Engine, module: nn.Module, loss: Loss, layout: Layout, x: Tensor, y: Tensor) -> bool:
     """Compare an engine's clipped sum with plain autograd, one example at a time, on every tensor that may live.
 
     Args:
@@ -179,14 +179,13 @@ def agrees(engine: Engine, module: nn.Module, loss: Loss, layout: Layout, x: Ten
         layout: Of the module.
         x: Examples, for their shape and type.
         y: Labels, likewise.
-        rows: Examples of a micro-batch.
 
     Returns:
         False when a tensor differs, or when the engine fails on made-up examples.
     """
     live = live_tensors(layout, Support(_trainable(layout), layout.d))
-    made_x, made_y = made_up(x, rows, seed=1), made_up_labels(y, rows)
-    present = np.arange(rows) < EXAMPLES
+    made_x, made_y = made_up(x, EXAMPLES + 1, seed=1), made_up_labels(y, EXAMPLES + 1)
+    present = np.arange(EXAMPLES + 1) < EXAMPLES
     clipping = Clipping(1e-3, "flat")
     with plain_state(module):
         try:
@@ -194,7 +193,7 @@ def agrees(engine: Engine, module: nn.Module, loss: Loss, layout: Layout, x: Ten
             if learn := getattr(engine, "learn", None):
                 learn(live, contributions)
             got = clipped_sum(live, [contributions], present, clipping)
-            one = [slice(i, i + 1) for i in range(min(EXAMPLES, rows))]
+            one = [slice(i, i + 1) for i in range(EXAMPLES)]
             grads = np.stack([_gradient(module, loss, live, made_x[i], made_y[i]) for i in one])
         except Exception:  # whatever a layer does on odd inputs: then the layer rules are not proven
             return False
@@ -206,6 +205,14 @@ def agrees(engine: Engine, module: nn.Module, loss: Loss, layout: Layout, x: Ten
         allowed = TOLERANCE * (np.linalg.norm(true) + 1e-4 * clipping.clip_norm)
         if not np.linalg.norm(got[part] - true) <= allowed:
             return False
+    return True
+
+
+def runs(engine: Engine, module: nn.Module, layout: Layout, x: Tensor, y: Tensor, rows: int) -> bool:
+    """Whether an engine takes made-up examples; arguments as for `invariant`, and raises what it raises."""
+    live = live_tensors(layout, Support(_trainable(layout), layout.d))
+    with plain_state(module):
+        engine.micro_batch(live, made_up(x, rows, seed=3), made_up_labels(y, rows))
     return True
 
 

@@ -47,4 +47,6 @@ def workbench(model: cfg.Model, engine: cfg.Engine, input_shape: tuple[int, ...]
     spec = from_config(model, input_shape, classes)
     layout = registry.layout(spec)
     gradient = PrivateGradient(registry.build(spec), layout, backend=engine.backend, micro_batch=engine.micro_batch)
+    # Before any charge: a net that is not fit is refused for what it is, never for what a batch holds.
+    gradient.prove(torch.zeros(1, *input_shape, dtype=torch.float32), torch.zeros(1, dtype=torch.int64))
     return Workbench(spec, layout, gradient)
