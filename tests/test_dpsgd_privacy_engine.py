@@ -322,6 +322,18 @@ def test_numbers_changed_after_the_sum_was_clipped_wait_for_the_next_step(name, 
     assert engine.accountant.history == [(1.0, 1 / 3, 1)]
 
 
+def test_physical_batches_of_one_step_are_under_the_terms_of_the_first():
+    engine, module, optimizer, _ = private(large_model())
+    before = flat(module)
+    for skip, norm in ((True, 1.0), (False, 0.01)):
+        optimizer.max_grad_norm = norm
+        optimizer.signal_skip_step(skip)
+        one_step(module, optimizer, *batch(0))
+    assert float(np.sqrt(np.mean((flat(module) - before) ** 2))) * 20 == pytest.approx(1.0, rel=0.05)
+    assert moved_by_noise(module, optimizer) == pytest.approx(0.01, rel=0.05)
+    assert engine.accountant.history == [(1.0, 1 / 3, 2)]
+
+
 def test_the_noise_covers_the_slack_of_the_sum():
     _, module, optimizer, _ = private(noise_multiplier=2.0, max_grad_norm=0.5)
     sensitivity = Clipping(0.5).sensitivity(module.plan.layout)
@@ -607,6 +619,30 @@ def test_several_backward_passes_for_a_step_are_refused():
         nn.functional.cross_entropy(module(x), y).backward()
     with pytest.raises(ConfigError, match="several forward passes"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("clear", ["optimizer", "module"])
+def test_gradients_may_be_cleared_between_forward_and_backward(clear):
+    _, module, optimizer, _ = private(noise_multiplier=0.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    x, y = batch()
+    for step in range(2):
+        loss = nn.functional.cross_entropy(module(x), y)
+        (optimizer if clear == "optimizer" else module).zero_grad()
+        loss.backward()
+        before = flat(module)
+        optimizer.step()
+        schedule.step()
+        assert not np.array_equal(flat(module), before) and optimizer.param_groups[0]["lr"] == 0.5 ** (step + 1)
+    nn.functional.cross_entropy(module(x), y).backward()
+    optimizer.zero_grad()
+    with pytest.raises(ConfigError, match="no backward pass"):
+        optimizer.step()
+    late = nn.functional.cross_entropy(module(x), y)
+    optimizer.zero_grad()
+    one_step(module, optimizer, x, y)
+    with pytest.raises(ConfigError, match="earlier step"):
+        late.backward()
 
 
 def test_weights_changed_between_forward_and_backward_are_refused():

@@ -167,6 +167,11 @@ class SparseModule(nn.Module):
         """Forget backward passes that no step used."""
         self._open.clear()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients and backward passes that no step used."""
+        self.drop()
+        super().zero_grad(set_to_none)
+
     def forbid_grad_accumulation(self) -> None:
         """Part of Opacus' interface; several backward passes between two steps are refused by the optimiser."""
 
@@ -202,7 +207,7 @@ class _Forward:
     """One forward pass in training mode, and the clipped sum that its backward pass leaves in `found`."""
 
     def __init__(self, owner: SparseModule, x: Tensor) -> None:
-        self._owner, self._support = owner, owner.support
+        self._owner, self._support, self._step = owner, owner.support, owner.steps
         x = x.detach()
         made_up = owner.example_output(x)
         owner.gradient.prove(x, made_up)  # before any private value goes through the model
@@ -236,14 +241,16 @@ class _Forward:
 
     def _arrive(self, gradient: Tensor) -> None:
         owner, optimizer = self._owner, self._owner.optimizer
-        if self not in owner._open:
+        if self._step != owner.steps:
             raise ConfigError("backward", "runs through a forward pass of an earlier step", "run the model again")
+        if self not in owner._open:  # zero_grad() was called between the two, as many scripts do
+            owner._open.append(self)
         if [p._version for p in owner._module.parameters()] != self._versions or owner.support is not self._support:
             raise ConfigError("backward", "runs on other weights or another support than the forward pass", "run it again")
         assert optimizer is not None
         terms = optimizer.terms_in_force()
-        if terms.mean != self.tape.mean:
-            raise ConfigError("loss_reduction", "changed between forward and backward", "change it between two steps")
+        if terms.mean != self.tape.mean or terms.support is not self._support:
+            raise ConfigError("optimizer", "changed its loss_reduction or support in a step", "change it between two steps")
         if self._batch is None:
             total = np.zeros(self._support.k, dtype=np.float64)
         else:

@@ -130,10 +130,7 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         taken = self.module.take_sum()
         if taken is None:
             raise ConfigError("optimizer.step()", "no backward pass since the last step", "call loss.backward() first")
-        total, terms = taken
-        if self._sum is not None and terms is not self._terms:
-            raise ConfigError("optimizer.step()", "one step under two sets of terms", "use Opacus' BatchMemoryManager")
-        self._terms = terms
+        total, self._terms = taken
         self._sum = total if self._sum is None else self._sum + total
 
     def add_noise(self) -> None:

@@ -197,7 +197,7 @@ def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _in_place(name, args, kwargs)
     if name in REFUSED and taped:
         raise ConfigError(f"{name} on the model's output", "reaches past the single examples", FIX)
-    if taped and torch.is_grad_enabled() and (rule := RULES.get(name)):
+    if taped and args and torch.is_grad_enabled() and (rule := RULES.get(name)):
         tapes = {id(value.own.tape) for value in taped}
         made = rule(name, func, args, kwargs) if len(tapes) == 1 else None
         if made is not None:
