@@ -185,11 +185,10 @@ class SparseModule(nn.Module):
     def _replicate_for_data_parallel(self) -> SparseModule:
         raise ConfigError("DataParallel", "is not offered", "train on one device")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SparseModule:
-        raise ConfigError("copy of a private model", "would train without its optimizer", "copy model.to_standard_module()")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ConfigError("pickle of a private model", "would train without its optimizer", "save model.state_dict()")
+    def __reduce_ex__(self, protocol: Any) -> Any:  # deepcopy, copy and pickle ask it
+        raise ConfigError(
+            "copy of a private model", "would train without its optimizer", "copy to_standard_module() or save state_dict()"
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -207,11 +207,8 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
             live = mask[span].view(parameter.shape).to(parameter.device)
             parameter.copy_(torch.where(live, parameter, old))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SparseOptimizer:
+    def __reduce_ex__(self, protocol: Any) -> Any:  # deepcopy, copy and pickle ask it
         raise ConfigError("copy of a private optimizer", "would spend what nobody charges", "use its state_dict()")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ConfigError("pickle of a private optimizer", "would spend what nobody charges", "save its state_dict()")
 
 
 def _number(name: str, value: Any) -> float:
