@@ -1,6 +1,7 @@
 """The drop-in engine: an Opacus script runs unchanged but for the import and one argument, and what differs is better."""
 
 import copy
+import pickle
 import runpy
 import warnings
 from pathlib import Path
@@ -10,10 +11,13 @@ import pytest
 import torch
 from dpsgd_oracle import loop_gradients
 from opacus import PrivacyEngine
+from opacus.accountants import create_accountant
+from opacus.schedulers import ExponentialNoise, StepGradClip
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fed_dpprune.dpsgd.clipping import Clipping
 from fed_dpprune.dpsgd.privacy_engine import SparsePrivacyEngine
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.sparsity.support import Support
@@ -98,7 +102,7 @@ def test_a_poisoned_example_moves_the_sum_by_at_most_the_clip_norm(poison):
         xs, ys = (torch.cat([x, torch.full((1, 1, 6, 6), poison)]), torch.cat([y, y[:1]])) if bad else (x, y)
         optimizer.zero_grad()
         nn.functional.cross_entropy(module(xs), ys, reduction="mean").backward()
-        sums.append(module.take_sum())
+        sums.append(module.take_sum()[0])
     assert np.isfinite(sums[1]).all()
     assert np.linalg.norm(sums[1] - sums[0]) <= 0.2 * (1 + 1e-5)
 
@@ -201,7 +205,9 @@ def test_noise_does_not_hang_on_the_global_seed():
     [
         ("poisson_sampling", False),
         ("clipping", "adaptive"),
-        ("grad_sample_mode", "ghost"),
+        ("grad_sample_mode", "ghost_fsdp"),
+        ("rand_on_empty", True),
+        ("loss_reduction", "none"),
         ("wrap_model", False),
         ("batch_first", False),
         ("refresh", "day"),
@@ -253,3 +259,465 @@ def test_the_example_script_runs_and_learns(capsys):
         runpy.run_path(str(ROOT / "examples" / "opacus_dropin.py"), run_name="__main__")
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert float(last.split("accuracy ")[1].split()[0]) > 0.6
+
+
+# --- one source for norm, noise, support and charge ---------------------------------------------------------------------
+
+
+def private(module=None, loader=None, optimizer=None, **arguments):
+    parts = pieces(n=60)
+    module = module or parts["module"]
+    optimizer = optimizer or torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
+    settings = {"noise_multiplier": 1.0, "max_grad_norm": 1.0} | arguments
+    engine = SparsePrivacyEngine(accountant="rdp")
+    wrapped, private, loader = engine.make_private(
+        module=module, optimizer=optimizer, data_loader=loader or parts["data_loader"], **settings
+    )
+    return engine, wrapped, private, loader
+
+
+def batch(n: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, 1, 6, 6, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+
+def moved_by_noise(module, optimizer) -> float:
+    """Root mean square of a step on an empty batch, times the divisor: the noise's std on the sum."""
+    before = flat(module)
+    one_step(module, optimizer, *batch(0))
+    return float(np.sqrt(np.mean((flat(module) - before) ** 2))) * 20
+
+
+def large_model() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 300), nn.Tanh(), nn.Linear(300, 3))
+
+
+def test_clip_norm_and_noise_follow_opacus_schedulers_together():
+    engine, module, optimizer, _ = private(large_model())
+    clip = StepGradClip(optimizer, step_size=1, gamma=0.1)
+    noise = ExponentialNoise(optimizer, gamma=0.5)
+    for expected_norm, expected_noise in ((1.0, 1.0), (0.1, 0.5), (0.01, 0.25)):
+        assert (optimizer.max_grad_norm, optimizer.noise_multiplier) == pytest.approx((expected_norm, expected_noise))
+        one_step(module, optimizer, *batch())
+        clip.step()
+        noise.step()
+    assert [charged for charged, _, _ in engine.accountant.history] == pytest.approx([1.0, 0.5, 0.25])
+    optimizer.max_grad_norm, optimizer.noise_multiplier = 1e-3, 4.0
+    assert moved_by_noise(module, optimizer) == pytest.approx(4e-3, rel=0.05)
+    optimizer.noise_multiplier, before = 0.0, flat(module)
+    one_step(module, optimizer, *batch())
+    assert 0 < np.linalg.norm(flat(module) - before) * 20 <= 8 * 1e-3 * (1 + 1e-3)
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_grad_norm", 0.01), ("noise_multiplier", 0.01), ("expected_batch_size", 1)])
+def test_numbers_changed_after_the_sum_was_clipped_wait_for_the_next_step(name, value):
+    engine, module, optimizer, _ = private(large_model())
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(module(batch(0)[0]), batch(0)[1]).backward()
+    setattr(optimizer, name, value)
+    before = flat(module)
+    optimizer.step()
+    assert float(np.sqrt(np.mean((flat(module) - before) ** 2))) * 20 == pytest.approx(1.0, rel=0.05)
+    assert engine.accountant.history == [(1.0, 1 / 3, 1)]
+
+
+def test_physical_batches_of_one_step_are_under_the_terms_of_the_first():
+    engine, module, optimizer, _ = private(large_model())
+    before = flat(module)
+    for skip, norm in ((True, 1.0), (False, 0.01)):
+        optimizer.max_grad_norm = norm
+        optimizer.signal_skip_step(skip)
+        one_step(module, optimizer, *batch(0))
+    assert float(np.sqrt(np.mean((flat(module) - before) ** 2))) * 20 == pytest.approx(1.0, rel=0.05)
+    assert moved_by_noise(module, optimizer) == pytest.approx(0.01, rel=0.05)
+    assert engine.accountant.history == [(1.0, 1 / 3, 2)]
+
+
+def test_the_noise_covers_the_slack_of_the_sum():
+    _, module, optimizer, _ = private(noise_multiplier=2.0, max_grad_norm=0.5)
+    sensitivity = Clipping(0.5).sensitivity(module.plan.layout)
+    assert sensitivity > 0.5 and optimizer.terms_in_force().std == 2.0 * sensitivity
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_grad_norm", [1.0, 2.0]), ("max_grad_norm", 0.0), ("noise_multiplier", float("nan")),
+    ("noise_multiplier", -1.0), ("expected_batch_size", 0), ("loss_reduction", "none")]
+)  # fmt: skip
+def test_numbers_that_bound_nothing_are_refused(name, value):
+    if name in ("max_grad_norm", "noise_multiplier"):
+        with pytest.raises(ConfigError):
+            private(**{name: value})
+    _, module, optimizer, _ = private()
+    setattr(optimizer, name, value)
+    with pytest.raises((ConfigError, ValueError)):
+        one_step(module, optimizer, *batch())
+
+
+def test_a_rate_changed_in_training_is_refused():
+    _, module, optimizer, loader = private()
+    loader.batches.rate = 0.01
+    with pytest.raises(ConfigError, match="another sample rate"):
+        one_step(module, optimizer, *batch())
+
+
+def test_the_charge_comes_before_the_noise_and_hooks_do_not_replace_it(monkeypatch):
+    engine, module, optimizer, _ = private()
+    seen = []
+    optimizer.attach_step_hook(seen.append)
+    monkeypatch.setattr(type(optimizer), "add_noise", lambda self: 1 / 0)
+    before = flat(module)
+    with pytest.raises(ZeroDivisionError):
+        one_step(module, optimizer, *batch())
+    assert engine.accountant.history == [(1.0, 1 / 3, 1)] and np.array_equal(flat(module), before)
+    monkeypatch.undo()
+    one_step(module, optimizer, *batch())
+    assert seen == [optimizer] and engine.accountant.history == [(1.0, 1 / 3, 2)]
+
+
+# --- randomness ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_generator_of_torch_is_asked_for_noise_or_coins():
+    _, module, optimizer, loader = private(loader=DataLoader(pieces()["data_loader"].dataset, batch_size=20, shuffle=True))
+    assert optimizer.generator is None
+    torch.manual_seed(1)
+    first = [len(y) for _, y in loader] + [moved_by_noise(module, optimizer)]
+    torch.manual_seed(1)
+    second = [len(y) for _, y in loader] + [moved_by_noise(module, optimizer)]
+    assert first != second
+    state = torch.get_rng_state()
+    one_step(module, optimizer, *batch())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_given_generator_is_labelled_in_every_figure(tmp_path):
+    with pytest.warns(UserWarning, match="seeded-simulation"):
+        engine, module, optimizer, _ = private(noise_generator=torch.Generator().manual_seed(1))
+    one_step(module, optimizer, *batch())
+    with pytest.warns(UserWarning, match="seeded-simulation"):
+        spent = engine.get_epsilon(1e-3)
+    assert engine.noise_source == spent.noise_source == "seeded-simulation"
+    assert all("seeded-simulation" in shown for shown in (str(spent), repr(spent), f"{spent:.2f}"))
+    engine.save_checkpoint(path=tmp_path / "c.pt", module=module, optimizer=optimizer)
+    again, fresh, private_again, _ = private()
+    assert again.noise_source == "os-entropy"
+    again.load_checkpoint(path=tmp_path / "c.pt", module=fresh, optimizer=private_again)
+    assert again.noise_source == "seeded-simulation"
+    again, fresh, private_again, _ = private()
+    private_again.generator = torch.Generator()  # behind the engine's back
+    one_step(fresh, private_again, *batch())
+    assert again.noise_source == "seeded-simulation"
+
+
+# --- what is refused by name --------------------------------------------------------------------------------------------
+
+
+class MixInTraining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(36, 3)
+
+    def forward(self, x):
+        made = self.linear(x.flatten(1))
+        return made - made.mean(0) if self.training else made
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(36, 3)
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, x):
+        made = self.linear(x.flatten(1))
+        self.seen += made.detach().sum(0)
+        return made
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(36, 3)
+
+    def forward(self, x):
+        made = self.linear(x.flatten(1))
+        return made, made
+
+
+class Words(nn.Module):
+    def __init__(self, **settings) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 4, **settings)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, words):
+        return self.linear(self.table(words).mean(1))
+
+
+MODELS = {
+    "mixes the examples": MixInTraining,
+    "changes in the forward pass": Counter,
+    "one float32 tensor": Twice,
+    "random": lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 3)),
+    "GroupNorm": lambda: nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(36, 3)),
+    "float64": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).double(),
+    "DataParallel": lambda: nn.DataParallel(nn.Sequential(nn.Flatten(), nn.Linear(36, 3))),
+    "max_norm": lambda: Words(max_norm=5.0),
+}
+
+
+@pytest.mark.parametrize("said", MODELS)
+def test_a_model_that_cannot_be_private_is_refused_in_the_mode_it_runs_in(said):
+    def train():
+        _, module, optimizer, _ = private(MODELS[said]())
+        one_step(module, optimizer, *batch())
+
+    with pytest.raises(ConfigError, match=said):
+        train()
+
+
+def test_a_change_of_mode_is_proven_anew():
+    part = MixInTraining()
+    module = nn.Sequential(part, nn.Dropout(0.0))
+    part.eval()
+    _, wrapped, optimizer, _ = private(module)
+    one_step(wrapped, optimizer, *batch())
+    wrapped.eval()
+    wrapped(batch()[0])
+    part.train()
+    wrapped.training = True
+    with pytest.raises(ConfigError, match="mixes the examples"):
+        wrapped(batch()[0])
+    part.eval()
+    wrapped(batch()[0])
+    optimizer.zero_grad()
+    module[1].p, module[1].training = 0.5, True
+    with pytest.raises(ConfigError, match="random numbers"):
+        wrapped(batch()[0])
+
+
+def freeze(module, optimizer):
+    next(iter(module.parameters())).requires_grad_(False)
+
+
+def replace(module, optimizer):
+    module._module[-1].bias = nn.Parameter(torch.zeros(3))
+
+
+def add_layer(module, optimizer):
+    module._module.append(nn.Linear(3, 3))
+
+
+def add_group(module, optimizer):
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def drop_group(module, optimizer):
+    optimizer.param_groups[0]["params"].pop()
+
+
+def tensor_hook(module, optimizer):
+    next(iter(module.parameters())).register_hook(lambda g: g)
+
+
+def backward_hook(module, optimizer):
+    module._module[0].register_full_backward_hook(lambda *a: None)
+
+
+def ranks(module, optimizer, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+
+def gdp(module, optimizer):
+    optimizer._charge.__self__.accountant = create_accountant("gdp")
+
+
+CHANGES = {
+    "frozen or thawed": freeze,
+    "replaced": replace,
+    "added": add_layer,
+    "not the model's": add_group,
+    "leaves out": drop_group,
+    "hooks on its gradient": tensor_hook,
+    "backward hooks": backward_hook,
+    "several ranks": ranks,
+    "gdp under-reports": gdp,
+}
+
+
+@pytest.mark.parametrize("between", ["before the forward", "before the step"])
+@pytest.mark.parametrize("said", CHANGES)
+def test_a_change_after_make_private_is_refused_before_a_release(said, between, monkeypatch):
+    engine, module, optimizer, _ = private()
+    change = CHANGES[said]
+    arguments = (module, optimizer, monkeypatch) if change is ranks else (module, optimizer)
+    if between == "before the step":
+        loss = nn.functional.cross_entropy(module(batch()[0]), batch()[1])
+        loss.backward()
+    change(*arguments)
+    before = flat(module)
+    with pytest.raises(ConfigError, match=said):
+        optimizer.step() if between == "before the step" else one_step(module, optimizer, *batch())
+    assert np.array_equal(flat(module), before) and not len(engine.accountant)
+
+
+def test_an_optimizer_over_some_parameters_and_lbfgs_are_refused():
+    module = pieces()["module"]
+    with pytest.raises(ConfigError, match=r"leaves out 0\.weight"):
+        private(module, optimizer=torch.optim.SGD(module[-1].parameters(), lr=0.1))
+    module[0].requires_grad_(False)
+    _, wrapped, optimizer, _ = private(module, optimizer=torch.optim.SGD(module[-1].parameters(), lr=0.1))
+    before = module[0].weight.detach().clone()
+    one_step(wrapped, optimizer, *batch())
+    assert torch.equal(module[0].weight, before)
+    with pytest.raises(ConfigError, match="LBFGS"):
+        private(optimizer=torch.optim.LBFGS(module.parameters()), module=module)
+
+
+def test_inputs_that_are_not_offered_are_refused():
+    _, module, _, _ = private()
+    x = batch()[0]
+    for call, said in (
+        (lambda: module(x, x), "one tensor"),
+        (lambda: module(input=x), "one tensor"),
+        (lambda: module(x.requires_grad_()), "asks for a gradient"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            call()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ConfigError, match="autocast"):
+        module(x.detach())
+
+
+def test_gradient_scaling_is_refused_and_closures_run_once():
+    _, module, optimizer, _ = private()
+    x, y = batch()
+    nn.functional.cross_entropy(module(x), y).backward()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    with pytest.raises(ConfigError, match="GradScaler"):
+        scaler.step(optimizer)
+    ran = []
+
+    def closure():
+        ran.append(1)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(module(x), y)
+        loss.backward()
+        return loss
+
+    before = flat(module)
+    optimizer.step(closure)
+    assert ran == [1] and not np.array_equal(flat(module), before)
+
+
+def test_several_backward_passes_for_a_step_are_refused():
+    _, module, optimizer, _ = private()
+    x, y = batch()
+    for _ in range(2):
+        nn.functional.cross_entropy(module(x), y).backward()
+    with pytest.raises(ConfigError, match="several forward passes"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("clear", ["optimizer", "module"])
+def test_gradients_may_be_cleared_between_forward_and_backward(clear):
+    _, module, optimizer, _ = private(noise_multiplier=0.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    x, y = batch()
+    for step in range(2):
+        loss = nn.functional.cross_entropy(module(x), y)
+        (optimizer if clear == "optimizer" else module).zero_grad()
+        loss.backward()
+        before = flat(module)
+        optimizer.step()
+        schedule.step()
+        assert not np.array_equal(flat(module), before) and optimizer.param_groups[0]["lr"] == 0.5 ** (step + 1)
+    nn.functional.cross_entropy(module(x), y).backward()
+    optimizer.zero_grad()
+    with pytest.raises(ConfigError, match="no backward pass"):
+        optimizer.step()
+    late = nn.functional.cross_entropy(module(x), y)
+    optimizer.zero_grad()
+    one_step(module, optimizer, x, y)
+    with pytest.raises(ConfigError, match="earlier step"):
+        late.backward()
+
+
+def test_weights_changed_between_forward_and_backward_are_refused():
+    _, module, _, _ = private()
+    x, y = batch()
+    loss = nn.functional.cross_entropy(module(x), y)
+    with torch.no_grad():
+        next(iter(module.parameters())).mul_(2)
+    with pytest.raises(ConfigError, match="other weights"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_copies_and_pickles_of_what_is_private_are_refused(copied):
+    _, module, optimizer, _ = private()
+    for one in (module, optimizer):
+        with pytest.raises(ConfigError, match="private"):
+            copied(one)
+    copied(module.to_standard_module()), copied(module.state_dict()), copied(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
+def test_the_default_dtype_changes_nothing(dtype):
+    _, module, optimizer, _ = private(noise_multiplier=0.0, sparsity=0.5)
+    x, y = batch()
+    sums = []
+    before = torch.get_default_dtype()
+    try:
+        for default in (before, dtype):
+            torch.set_default_dtype(default)
+            _, module, optimizer, _ = private(copy.deepcopy(pieces_in(before)), noise_multiplier=0.0, sparsity=0.5)
+            nn.functional.cross_entropy(module(x), y).backward()
+            sums.append(module.take_sum()[0])
+            one_step(module, optimizer, x, y)
+    finally:
+        torch.set_default_dtype(before)
+    assert np.array_equal(*sums) and all(p.dtype == torch.float32 for p in module.parameters())
+
+
+def pieces_in(dtype: torch.dtype) -> nn.Module:
+    asked = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    module = pieces()["module"]
+    torch.set_default_dtype(asked)
+    return module
+
+
+# --- examples that break things -----------------------------------------------------------------------------------------
+
+
+def test_a_word_past_the_dictionary_is_an_absent_example():
+    words = torch.randint(0, 10, (60, 5))
+    loader = DataLoader(TensorDataset(words, torch.zeros(60, dtype=torch.int64)), batch_size=20)
+    _, module, optimizer, _ = private(Words(), loader)
+    sums = []
+    for rows in (words[1:8], torch.cat([torch.full((1, 5), 10), words[1:8]])):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module(rows), torch.zeros(len(rows), dtype=torch.int64)).backward()
+        sums.append(module.take_sum()[0])
+    assert np.array_equal(*sums) and sums[0].any()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 3e38])
+def test_a_batch_of_bad_examples_is_a_step_of_noise_like_any_other(poison):
+    engine, module, optimizer, _ = private(large_model(), sparsity=0.5)
+    mask, before = module.support.mask, flat(module)
+    one_step(module, optimizer, torch.full((4, 1, 6, 6), poison), torch.full((4,), 99))
+    moved = flat(module) - before
+    assert np.isfinite(moved).all() and (moved[mask] != 0).mean() > 0.99 and engine.accountant.history == [(1.0, 1 / 3, 1)]
+    assert np.array_equal(flat(module)[~mask].view(np.uint32), before[~mask].view(np.uint32))
+    assert np.sqrt(np.mean(moved[mask] ** 2)) * 20 == pytest.approx(1.0, rel=0.05)
+
+
+def test_noise_that_leaves_the_range_of_float32_saturates():
+    _, module, optimizer, _ = private(max_grad_norm=1e38, noise_multiplier=1e6)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(module(batch()[0]), batch()[1]).backward()
+    optimizer.pre_step()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters())

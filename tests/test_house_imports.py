@@ -28,7 +28,7 @@ LEAVES = {
 ARROWS: dict[str, set[str]] = {
     "comm": set(),
     "data": set(),
-    "dpsgd": set(),
+    "dpsgd": {"data.sampling"},  # the drop-in engine tosses the coins of the client
     "models": set(),
     "privacy": set(),
     "sparsity": set(),

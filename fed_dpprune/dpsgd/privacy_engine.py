@@ -2,54 +2,89 @@
 
 An Opacus script becomes sparse by changing the import and adding `sparsity=`. What is done otherwise than in Opacus 1.6:
 
-- Each example's gradient is masked before it is clipped, noise is drawn for live coordinates only, and frozen coordinates keep
-  their value to the bit, whatever momentum or weight decay the optimiser has.
-- The divisor of the mean is the loader's declared batch size, not int(len(dataset) / len(loader)), which tells the data's size.
-- An example with a NaN or infinite loss or gradient adds nothing, where Opacus' sum turns NaN as a whole.
-- Noise is float64 from a generator of the engine's own, seeded by the operating system, which torch.manual_seed does not reach;
-  `secure_mode=True` takes every value from the operating system's entropy (slower).
-- An empty Poisson batch is a step like any other; a step is charged before its noise is drawn.
-- Not offered, and refused: `poisson_sampling=False` (Opacus charges it as if it were Poisson), `clipping="adaptive"`, the ghost
-  modes (their second pass is not needed here), several devices.
+- *Support.* Each example's gradient is masked before it is clipped, noise is drawn for live coordinates only, and frozen
+  coordinates keep their value to the bit, whatever momentum or weight decay the optimiser has.
+- *Losses.* The model's output in training mode is a tensor that remembers what is done to it, and each example's own loss is
+  differentiated alone; `criterion(model(x), y).backward()` with torch's usual losses, sums and means works as it stands. A loss
+  that couples examples (a class-weighted mean, an unknown operation, a number that changes from step to step) is refused; any
+  function works as `criterion=` with `grad_sample_mode="ghost"`, which returns it wrapped, as Opacus does. An ignored label adds
+  nothing, and the mean counts it. Numbers that the script itself computes from a batch and uses in its loss are noticed at the
+  second step only. Inputs and labels are taken as they come: mixing examples before the model (mixup) is not noticed.
+- *Numbers.* max_grad_norm, noise_multiplier, batch size and support are read when a step's first backward pass runs, and the
+  same numbers clip, add noise and are charged; the noise's std is noise_multiplier * max_grad_norm * (1 + slack), the slack
+  being what floating point may add (`Clipping.sensitivity`). The divisor of the mean is the loader's declared batch size, not
+  int(len(dataset) / len(loader)), which tells the data's size. A step is charged before its noise is drawn, by the engine
+  itself: `attach_step_hook` adds a hook and takes none away. `scale_grad` does nothing: `add_noise` divides.
+- *Randomness.* Noise (float64) and Poisson coins come from the operating system's entropy, with or without `secure_mode`;
+  torch.manual_seed and a loader's generator reach neither. A `noise_generator` is for tests: epsilons say so.
+- *Bad examples.* One with a NaN or infinite loss or gradient, a label or word out of range, adds nothing, where Opacus' sum
+  turns NaN or the script stops. An empty Poisson batch is a step like any other, also the first one.
+- *The model* is proven on made-up examples in the mode in which it runs, again when a mode, dropout rate, hook or device changes
+  and refused when it mixes examples, draws random numbers (dropout) or changes its buffers. Hooks on layers run on made-up
+  examples and micro-batches with rows of zeros below; `.grad` holds nothing until a step. In eval mode or under no_grad the
+  wrapped model is the model.
+- *Speed.* Products run on one thread and in micro-batches of one shape, losses one example at a time (some 50 us each).
+- *Refused by name:* `poisson_sampling=False` (Opacus charges it as if it were Poisson), `rand_on_empty=True` (a made-up example
+  in place of none costs twice), `clipping="adaptive"`, `batch_first=False`, `wrap_model=False`, accountant gdp; loaders with
+  drop_last, a sampler or batch_sampler of their own, or iterable datasets; several devices or ranks; optimisers over some of
+  the trainable parameters, LBFGS; parameters replaced, added, frozen or thawed later, not float32, or with hooks; backward
+  hooks; Embedding(max_norm); several inputs or outputs, inputs that ask for gradients; autocast, GradScaler, torch.compile
+  around the wrapped model; several forward passes for a step, arguments of backward(); copies and pickles of what is returned
+  (state_dicts and checkpoints work). `signal_skip_step` is for Opacus' BatchMemoryManager, which splits one Poisson batch.
 
 Examples are one tensor, the first argument of the model, with the batch in front.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import warnings
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from opacus import PrivacyEngine
 from opacus.accountants.utils import get_noise_multiplier
+from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from fed_dpprune.dpsgd.clipping import FLOAT32_SLACK, Clipping
-from fed_dpprune.dpsgd.grad_sample.contribution import Unfit
-from fed_dpprune.dpsgd.gradient import PrivateGradient
-from fed_dpprune.dpsgd.layered import Pass, weighted_sums
-from fed_dpprune.dpsgd.noise import OsNoise
+from fed_dpprune.dpsgd.noise import OS_ENTROPY, SEEDED
+from fed_dpprune.dpsgd.own_criterion import OwnCriterion, check_criterion
+from fed_dpprune.dpsgd.poisson_loader import PoissonLoader
+from fed_dpprune.dpsgd.sparse_module import SparseModule, SupportPlan, layout_of, refuse_distributed
+from fed_dpprune.dpsgd.sparse_optimizer import SparseOptimizer, Terms
 from fed_dpprune.errors import ConfigError
-from fed_dpprune.models.flat import Layout
-from fed_dpprune.models.flat import Tensor as FlatTensor
-from fed_dpprune.sparsity.support import Support, frozen_count, random_subset
+from fed_dpprune.sparsity.support import Support
 
 CLIPPING = {"flat": "flat", "per_layer": "per-layer", "automatic": "automatic"}
 REFRESH = ("run", "epoch", "step")
+MODES = ("hooks", "functorch", "ew", "ghost")
+NOISE_SOURCE = "noise_source"  # key in checkpoints
+
+
+class SeededEpsilon(float):
+    """An epsilon of steps whose noise came from a given generator; says so wherever it is printed."""
+
+    noise_source = SEEDED
+
+    def __str__(self) -> str:
+        return self.__format__("")
+
+    __repr__ = __str__
+
+    def __format__(self, how: str) -> str:
+        return f"{float(self):{how}} ({SEEDED}: protects nothing)"
 
 
 class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no types
-    """opacus.PrivacyEngine with a support; accountants, `get_epsilon`, checkpoints and loaders are Opacus' own.
+    """opacus.PrivacyEngine with a support; accountants and checkpoints are Opacus' own.
 
     Args:
         accountant: As in Opacus ("prv" or "rdp"; "gdp" under-reports and is refused).
-        secure_mode: All noise from the operating system's entropy.
+        secure_mode: Accepted; entropy is the operating system's in any case.
+
+    Attributes:
+        noise_source: "os-entropy", or "seeded-simulation" once a step took its noise from a given generator.
 
     Raises:
         ConfigError: The accountant is gdp.
@@ -58,8 +93,12 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
         if accountant == "gdp":
             raise ConfigError("accountant", "gdp under-reports epsilon", "use prv or rdp")
-        super().__init__(accountant=accountant, secure_mode=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Secure RNG turned off": not here
+            super().__init__(accountant=accountant, secure_mode=False)
         self._secure = secure_mode
+        self.dataset: Any = None
+        self.noise_source = OS_ENTROPY
 
     def make_private(
         self,
@@ -83,15 +122,17 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
         rand_on_empty: bool = False,
         backend: str = "auto",
         **kwargs: Any,
-    ) -> tuple[SparseModule, SparseOptimizer, DataLoader[Any]]:
+    ) -> Any:
         """Wrap a model, its optimiser and its loader, as opacus.PrivacyEngine.make_private does.
 
         Args:
-            module: Model in training mode; parameters with requires_grad=False are frozen as a whole.
-            optimizer: Any torch optimiser of its parameters.
-            criterion: Ignored, as in Opacus' default mode.
-            data_loader: Its batch_size is the expected batch and the public divisor.
-            noise_multiplier: Noise std on the sum over max_grad_norm.
+            module: The model; parameters with requires_grad=False are frozen as a whole.
+            optimizer: Any torch optimiser of its trainable parameters, but LBFGS.
+            criterion: Loss function (outputs, labels) -> one number. Checked if given: the one place to declare tensors
+                that a loss uses beside the examples' own (class weights); with `grad_sample_mode="ghost"` it is
+                returned wrapped, and run on each example alone.
+            data_loader: Its batch_size is the expected batch and the public divisor, 1 / its length the sample rate.
+            noise_multiplier: Noise std on the sum over the sensitivity.
             max_grad_norm: Clip norm over all live coordinates; one number in every clipping mode.
             sparsity: Fraction of the trainable coordinates frozen at random, in [0, 1), or a Support of your own. A support must
                 not be chosen by looking at the private data.
@@ -101,41 +142,59 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
             loss_reduction: What the script's criterion does, "mean" or "sum".
             poisson_sampling: Only True.
             clipping: "flat", "per_layer" (max_grad_norm over the root of the number of live tensors each) or "automatic".
-            noise_generator: Source of the noise instead of the engine's own; for tests, never for a release.
-            grad_sample_mode: "hooks", "functorch" or "ew"; all mean this engine.
+            noise_generator: Source of the noise instead of the operating system; for tests, never for a release.
+            grad_sample_mode: "hooks", "functorch" or "ew"; all mean this engine. "ghost" returns the criterion too.
             wrap_model: Only True.
-            rand_on_empty: As in Opacus.
+            rand_on_empty: Only False.
             backend: As engine.backend: auto, torch, compiled or reference.
             kwargs: Must be empty.
 
         Returns:
-            (module, optimizer, data_loader), used as Opacus' are.
+            (module, optimizer, data_loader), with "ghost" (module, optimizer, criterion, data_loader), used as Opacus' are.
 
         Raises:
             ConfigError: An argument that is not offered, or a model that mixes examples; says what to do.
             ValueError: The optimiser has parameters that are not the module's (as in Opacus).
         """
-        self._refuse(batch_first, poisson_sampling, clipping, noise_generator, grad_sample_mode, wrap_model, refresh, kwargs)
-        known = {id(p) for p in module.parameters()}
-        if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError("Module parameters are different than optimizer Parameters")
-        if data_loader.batch_size is None:
-            raise ConfigError("data_loader", "has no batch_size to declare the expected batch by", "pass a DataLoader with one")
-        plan = _SupportPlan(_layout(module), sparsity, refresh, support_seed, len(data_loader))
-        loader = self._prepare_data_loader(
-            data_loader, distributed=False, poisson_sampling=True, batch_first=batch_first, rand_on_empty=rand_on_empty
-        )
-        wrapped = SparseModule(module, plan, Clipping(float(max_grad_norm), CLIPPING[clipping]), loss_reduction, backend)
+        only = {
+            "batch_first": (batch_first, True, "only models with the examples in front are offered"),
+            "poisson_sampling": (poisson_sampling, True, "other batches would be charged as if they were Poisson"),
+            "wrap_model": (wrap_model, True, "only wrapped models are offered"),
+            "rand_on_empty": (rand_on_empty, False, "a made-up example in place of none tells that there was none"),
+        }
+        for name, (value, offered, why) in only.items():
+            if value is not offered:
+                raise ConfigError(name, why, f"leave it {offered}")
+        _one_of("clipping", clipping, CLIPPING)
+        _one_of("grad_sample_mode", grad_sample_mode, MODES)
+        _one_of("refresh", refresh, REFRESH)
+        _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
+        if kwargs:
+            raise ConfigError(sorted(kwargs)[0], "no such argument", "see SparsePrivacyEngine.make_private")
+        self._check_noise(noise_generator)
+        optimizer = _plain(module, optimizer)
+        check_criterion(criterion, loss_reduction)
+        own_criterion = OwnCriterion(criterion or nn.CrossEntropyLoss(reduction=loss_reduction))
+        loader = self._loader(data_loader)
+        declared = list(criterion.buffers()) if isinstance(criterion, nn.Module) else []
+        every = {"run": 0, "epoch": len(loader), "step": 1}[refresh]
+        wrapped = SparseModule(module, SupportPlan(layout_of(module), sparsity, every, support_seed), backend, declared)
         private = SparseOptimizer(
             optimizer,
             wrapped,
+            mode=CLIPPING[clipping],
+            sample_rate=lambda: loader.sample_rate,
+            charge=self._charge,
             noise_multiplier=noise_multiplier,
-            expected_batch_size=int(data_loader.batch_size),
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=loader.declared_batch,
             loss_reduction=loss_reduction,
             generator=noise_generator,
             secure_mode=self._secure,
         )
-        private.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=1 / len(data_loader)))
+        wrapped.optimizer = private
+        if grad_sample_mode == "ghost":
+            return wrapped, private, own_criterion, loader
         return wrapped, private, loader
 
     def make_private_with_epsilon(
@@ -146,296 +205,80 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
         epochs: int,
         data_loader: DataLoader[Any],
         **arguments: Any,
-    ) -> tuple[SparseModule, SparseOptimizer, DataLoader[Any]]:
+    ) -> Any:
         """As `make_private`, with the noise multiplier that spends at most `target_epsilon` in `epochs` epochs.
 
         The steps are counted exactly, epochs * len(data_loader); Opacus rounds them down.
         """
+        loader = self._loader(data_loader)
+        if len(self.accountant):
+            warnings.warn("budget was spent already: what is spent from here on comes on top of it", stacklevel=2)
         noise_multiplier = get_noise_multiplier(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
-            sample_rate=1 / len(data_loader),
-            steps=epochs * len(data_loader),
+            sample_rate=loader.sample_rate,
+            steps=epochs * len(loader),
             accountant=self.accountant.mechanism(),
         )
-        return self.make_private(data_loader=data_loader, noise_multiplier=noise_multiplier, **arguments)
+        return self.make_private(data_loader=loader, noise_multiplier=noise_multiplier, **arguments)
 
-    def _refuse(
-        self,
-        batch_first: bool,
-        poisson_sampling: bool,
-        clipping: str,
-        noise_generator: torch.Generator | None,
-        grad_sample_mode: str,
-        wrap_model: bool,
-        refresh: str,
-        unknown: dict[str, Any],
-    ) -> None:
-        if not batch_first:
-            raise ConfigError("batch_first", "only models with the examples in front are offered", "move the batch to the front")
-        if not poisson_sampling:
-            raise ConfigError("poisson_sampling", "other batches would be charged as if they were Poisson", "leave it True")
-        if clipping not in CLIPPING:
-            raise ConfigError("clipping", f"{clipping!r} is not offered", f"use one of {', '.join(CLIPPING)}")
-        if noise_generator is not None and self._secure:
+    def get_epsilon(self, delta: float) -> float:
+        """Epsilon spent so far; a `SeededEpsilon`, and a warning, when noise came from a given generator."""
+        spent = float(self.accountant.get_epsilon(delta))
+        if self.noise_source == OS_ENTROPY:
+            return spent
+        warnings.warn(f"{SEEDED}: whoever knows the generator can subtract the noise", stacklevel=2)
+        return SeededEpsilon(spent)
+
+    def save_checkpoint(self, *, checkpoint_dict: dict[str, Any] | None = None, **arguments: Any) -> None:
+        """As in Opacus; the source of the noise is saved with it."""
+        labelled = {**(checkpoint_dict or {}), NOISE_SOURCE: self.noise_source}
+        super().save_checkpoint(checkpoint_dict=labelled, **arguments)
+
+    def load_checkpoint(self, **arguments: Any) -> dict[str, Any]:
+        """As in Opacus; steps of a checkpoint that does not say "os-entropy" count as seeded ones."""
+        found: dict[str, Any] = super().load_checkpoint(**arguments)
+        if found.get(NOISE_SOURCE) != OS_ENTROPY:
+            self.noise_source = SEEDED
+        return found
+
+    def _loader(self, data_loader: DataLoader[Any]) -> PoissonLoader:
+        if self.dataset is None:
+            self.dataset = data_loader.dataset
+        elif self.dataset is not data_loader.dataset:
+            warnings.warn("another dataset: this engine's account is of the first one", stacklevel=3)
+        return data_loader if isinstance(data_loader, PoissonLoader) else PoissonLoader(data_loader)
+
+    def _charge(self, terms: Terms) -> None:
+        if self.accountant.mechanism() == "gdp":
+            raise ConfigError("accountant", "gdp under-reports epsilon", "use prv or rdp")
+        if terms.noise_source != OS_ENTROPY:
+            self.noise_source = terms.noise_source
+        self.accountant.step(noise_multiplier=terms.noise_multiplier, sample_rate=terms.sample_rate)
+
+    def _check_noise(self, generator: torch.Generator | None) -> None:
+        if generator is None:
+            return
+        if self._secure:
             raise ConfigError("noise_generator", "secure_mode takes its noise from the operating system", "pass one of the two")
-        if grad_sample_mode not in ("hooks", "functorch", "ew"):
-            raise ConfigError("grad_sample_mode", f"{grad_sample_mode!r} is not needed here", 'use "hooks"')
-        if not wrap_model:
-            raise ConfigError("wrap_model", "only wrapped models are offered", "leave it True")
-        if refresh not in REFRESH:
-            raise ConfigError("refresh", f"{refresh!r} is not offered", f"use one of {', '.join(REFRESH)}")
-        if unknown:
-            raise ConfigError(sorted(unknown)[0], "no such argument", "see SparsePrivacyEngine.make_private")
+        warnings.warn(f"noise_generator is for tests: every epsilon is labelled {SEEDED}", stacklevel=3)
 
 
-class _SupportPlan:
-    """Which coordinates live at which step; a function of public things alone."""
-
-    def __init__(self, layout: Layout, sparsity: float | Support, refresh: str, seed: int, steps_per_epoch: int) -> None:
-        self.layout, self._seed = layout, seed
-        spans = [np.arange(span.start, span.stop, dtype=np.int64) for tensor, span in layout.spans() if not tensor.frozen]
-        self._trainable = Support(np.concatenate([np.zeros(0, dtype=np.int64), *spans]), layout.d)
-        self._own = sparsity if isinstance(sparsity, Support) else None
-        self._keep = self._trainable.k
-        if not isinstance(sparsity, Support):
-            if not 0.0 <= sparsity < 1.0:
-                raise ConfigError("sparsity", f"{sparsity} is outside [0, 1)", "give the fraction to freeze")
-            self._keep -= frozen_count(sparsity, self._trainable.k)
-        self._every = {"run": 0, "epoch": steps_per_epoch, "step": 1}[refresh]
-
-    def at(self, step: int) -> Support:
-        """The support of a step, counted from 0."""
-        if self._own is not None:
-            return self._own
-        number = step // self._every if self._every else 0
-        return random_subset(self._trainable, self._keep, self._seed, "support", number)
+def _one_of(name: str, value: str, offered: Any) -> None:
+    if value not in offered:
+        raise ConfigError(name, f"{value!r} is not offered", f"use one of {', '.join(offered)}")
 
 
-class SparseModule(nn.Module):
-    """The wrapped model: runs as before; in training mode a backward pass leaves clipped sums for the optimiser, no `.grad`.
-
-    Its state_dict carries the prefix `_module.`, as that of Opacus' GradSampleModule does.
-    """
-
-    def __init__(self, module: nn.Module, plan: _SupportPlan, clipping: Clipping, loss_reduction: str, backend: str) -> None:
-        super().__init__()
-        self._module = module
-        self.plan, self.clipping, self.loss_reduction = plan, clipping, loss_reduction
-        self.gradient = PrivateGradient(module, plan.layout, backend=backend, loss=_against_output_gradient)
-        self._open: list[_Backward] = []
-        self.steps = 0
-        self.use_support(0)
-
-    def use_support(self, step: int) -> None:
-        """Take the support of a step."""
-        self.steps = step
-        self.support = self.plan.at(step)
-        self.gradient.set_support(self.support)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The model's output; in training mode with gradients on, tapped."""
-        if not (self.training and torch.is_grad_enabled()):
-            plain: Tensor = self._module(x)
-            return plain
-        backward = _Backward(self, x)
-        self._open.append(backward)
-        return backward.output()
-
-    def take_sum(self) -> NDArray[Any] | None:
-        """Clipped sum of all backward passes since the last call, shape (k,); None when there was none."""
-        sums = [backward.clipped_sum() for backward in self._open]
-        self._open.clear()
-        return np.sum(sums, axis=0) if sums else None
-
-    def drop(self) -> None:
-        """Forget backward passes that no step used."""
-        self._open.clear()
-
-    def forbid_grad_accumulation(self) -> None:
-        """Part of Opacus' interface; several backward passes between two steps are refused by the optimiser."""
-
-    def to_standard_module(self) -> nn.Module:
-        """The wrapped model."""
-        return self._module
-
-    def cleanup(self) -> None:
-        """Part of Opacus' interface; no hook stays behind between two forward passes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("_module"), name)
-
-
-def _against_output_gradient(outputs: Tensor, gradient: Tensor) -> Tensor:
-    """A loss whose output gradient is `gradient`: replays a backward pass whose own loss is gone."""
-    return (outputs * gradient).flatten(1).sum(1)
-
-
-class _Backward:
-    """One forward pass in training mode and the backward pass that follows it."""
-
-    def __init__(self, owner: SparseModule, x: Tensor) -> None:
-        self._owner, self._x, self._gradient = owner, x.detach(), owner.gradient
-        self._tapped: Pass | None = None
-        self._arrived: Tensor | None = None
-        self._live = owner.gradient.live
-
-    def output(self) -> Tensor:
-        module, x = self._owner._module, self._x
-        if not len(x):  # a Poisson batch may be empty; layers need not like that
-            with torch.no_grad():
-                made: Tensor = module(x.new_zeros(1, *x.shape[1:]))[:0]
-            return self._tap(made, torch.zeros((), requires_grad=True, device=made.device))
-        layers = self._gradient.proven_layers(x, module)
-        if layers is None or not self._live:
-            with torch.no_grad():
-                made = module(x)
-            return self._tap(made, torch.zeros((), requires_grad=True, device=made.device))
-        with Pass(layers, self._live, len(x)) as tapped:
-            made = module(x)
-        self._tapped = tapped
-        return self._tap(made, tapped.anchor)
-
-    def _tap(self, made: Tensor, anchor: Tensor) -> Tensor:
-        tapped: Tensor = _KeepGradient.apply(made, anchor, self)
-        return tapped
-
-    def arrive(self, gradient: Tensor) -> None:
-        if self._arrived is not None:
-            raise ConfigError("backward", "ran twice through one forward pass", "run the model again")
-        self._arrived = gradient
-
-    def clipped_sum(self) -> NDArray[Any]:
-        if self._arrived is None:
-            raise ConfigError("optimizer.step()", "a training-mode forward has no backward", "use model.eval() or no_grad")
-        n, clipping = len(self._x), self._owner.clipping
-        if not n:
-            return np.zeros(self._owner.support.k, dtype=np.float32)
-        scale = float(n) if self._owner.loss_reduction == "mean" else 1.0  # gradients of single losses, not of their mean
-        if self._tapped is not None:
-            try:
-                contributions = self._tapped.contributions()
-            except Unfit:
-                contributions = []
-            squared = torch.stack([part.squared for part in contributions]).cpu().numpy() * scale**2 if contributions else None
-            ended = torch.isfinite(self._arrived.flatten(1)).all(1).cpu().numpy()
-            if squared is not None and np.isfinite(squared.sum(0)).all() and ended.all():
-                factors = clipping.factors(squared, FLOAT32_SLACK) * scale
-                weights = torch.from_numpy(factors).to(self._x.device, torch.float32)
-                total = weighted_sums(self._live, contributions, weights).cpu().numpy()
-                if np.isfinite(total.sum()):
-                    return total
-        return self._gradient.clipped_sum(self._x, self._arrived * scale, clipping)
-
-
-class _KeepGradient(torch.autograd.Function):
-    """The identity; keeps the gradient of the model's output."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, keeper: _Backward) -> Tensor:
-        ctx.keeper = keeper
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
-        ctx.keeper.arrive(gradient.detach())
-        return gradient if ctx.needs_input_grad[0] else None, None, None
-
-
-class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
-    """A DPOptimizer that takes clipped sums from the SparseModule instead of per-example gradients from the parameters."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, module: SparseModule, **settings: Any) -> None:
-        super().__init__(optimizer, max_grad_norm=module.clipping.clip_norm, **settings)
-        self.module = module
-        self._sum: NDArray[Any] | None = None
-        if settings.get("generator") is None:
-            self.generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
-
-    @property
-    def accumulated_iterations(self) -> int:
-        """Always 1: the physical batches of one logical batch are one step."""
-        return 1
-
-    def clip_and_accumulate(self) -> None:
-        """Add the clipped sum of the last backward pass to that of the logical batch."""
-        if len(self.module._open) > 1:
-            raise ConfigError("optimizer.step()", "several backward passes since the last step", "use Opacus' BatchMemoryManager")
-        taken = self.module.take_sum()
-        if taken is None:
-            raise ConfigError("optimizer.step()", "no backward pass since the last step", "call loss.backward() first")
-        self._sum = taken.astype(np.float64) if self._sum is None else self._sum + taken
-
-    def add_noise(self) -> None:
-        """Noise on the live coordinates; spreads the result over the parameters' `.grad`, zero where frozen."""
-        if self._sum is None:
-            raise ConfigError("optimizer.step()", "nothing was accumulated", "call loss.backward() first")
-        std = self.noise_multiplier * self.max_grad_norm
-        k = self.module.support.k
-        if self.secure_mode:
-            noise = torch.from_numpy(OsNoise().normal(k))
-        else:
-            noise = torch.randn(k, dtype=torch.float64, generator=self.generator).cpu()
-        noised = (torch.from_numpy(self._sum) + std * noise).float()
-        self._sum = None
-        flat = torch.zeros(self.module.plan.layout.d)
-        flat[torch.tensor(self.module.support.indices)] = noised
-        for parameter, (tensor, span) in zip(self.module._module.parameters(), self.module.plan.layout.spans(), strict=True):
-            parameter.grad = None if tensor.frozen else flat[span].view(parameter.shape).to(parameter)
-
-    def scale_grad(self) -> None:
-        """Divide by the declared batch size (loss_reduction "mean")."""
-        if self.loss_reduction == "mean":
-            for p in self.params:
-                if p.grad is not None:
-                    p.grad /= self.expected_batch_size
-
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        """Clear gradients and backward passes that no step used."""
-        self.module.drop()
-        if not self._is_last_step_skipped:
-            self._sum = None
-        self.original_optimizer.zero_grad(set_to_none)
-
-    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        """Clip and accumulate; on the last physical batch charge, then noise. False when the step is skipped."""
-        self.clip_and_accumulate()
-        if self._check_skip_next_step():
-            self._is_last_step_skipped = True
-            return False
-        if self.step_hook:
-            self.step_hook(self)
-        self.add_noise()
-        self.scale_grad()
-        self._is_last_step_skipped = False
-        return True
-
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One private step; frozen coordinates come out bit-identical."""
-        if closure is not None:
-            with torch.enable_grad():
-                closure()
-        if not self.pre_step():
-            return None
-        parameters = list(self.module._module.parameters())
-        before = [p.detach().clone() for p in parameters]
-        result = self.original_optimizer.step()
-        self._put_back(parameters, before)
-        self.module.use_support(self.module.steps + 1)
-        return result
-
-    @torch.no_grad()
-    def _put_back(self, parameters: list[nn.Parameter], before: list[Tensor]) -> None:
-        """Momentum and weight decay move coordinates whose gradient is zero; those outside the support must not move."""
-        mask = torch.tensor(self.module.support.mask)
-        for parameter, old, (_, span) in zip(parameters, before, self.module.plan.layout.spans(), strict=True):
-            live = mask[span].view(parameter.shape).to(parameter.device)
-            parameter.copy_(torch.where(live, parameter, old))
-
-
-def _layout(module: nn.Module) -> Layout:
-    named = module.named_parameters()
-    return Layout(tuple(FlatTensor(name, tuple(p.shape), "other", frozen=not p.requires_grad) for name, p in named))
+def _plain(module: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser under Opacus' own, if it is one; refuses models that are private already."""
+    if isinstance(module, (SparseModule, AbstractGradSampleModule)):
+        raise ConfigError("module", "is private already", "pass module.to_standard_module()")
+    refuse_distributed(module)
+    if isinstance(optimizer, DPOptimizer):
+        optimizer = optimizer.original_optimizer
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError("optimizer", "LBFGS runs the model several times a step", "use another optimizer")
+    known = {id(p) for p in module.parameters()}
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("Module parameters are different than optimizer Parameters")
+    return optimizer
