@@ -335,9 +335,8 @@ class OpenBatch:
 
     def __init__(self, owner: PrivateGradient, x: Tensor) -> None:
         self._owner, self._x, self._live = owner, x, owner._live
-        with torch.no_grad():
-            shape = owner.module(filled_up(x[:1], 1)).detach() if len(x) else None
-        like = shape if shape is not None else x
+        with owner._pinned(), torch.no_grad():
+            like = owner.module(x.new_zeros(1, *x.shape[1:])).detach()  # for its shape: no private example is run unproven
         self._rows = owner.prove(x, like)
         self._open: list[tuple[Pass | None, Tensor]] = []
         with owner._pinned():
