@@ -187,7 +187,7 @@ def test_the_slack_is_small_and_counts_every_addition():
     assert slack(10**7, 500) - slack(0, 0) == pytest.approx((10**7 + 1500) * 2.0**-53)
     layout = layout_of(small_net())
     assert Clipping(2.0).sensitivity(layout) == 2.0 * (1 + slack(layout.d, len(layout.tensors))) > 2.0
-    assert slack(0, 0) >= 2 * MOST_EXAMPLES * (GROUP + MOST_EXAMPLES // GROUP) * 2.0**-53
+    assert slack(0, 0) >= 2 * MOST_EXAMPLES * (2 * GROUP + MOST_EXAMPLES // GROUP) * 2.0**-53
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -36,9 +36,11 @@ def pinned(device: torch.device) -> Iterator[None]:
     """
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    attention = torch.backends.mha.get_fastpath_enabled()
     rounding = _rounding()
     mode = rounding[0]() if rounding else _TO_NEAREST
     torch.set_flush_denormal(False)
+    torch.backends.mha.set_fastpath_enabled(False)  # it looks at the whole batch's mask, and at which weights are live
     try:
         if mode != _TO_NEAREST and rounding:
             rounding[1](_TO_NEAREST)
@@ -55,6 +57,7 @@ def pinned(device: torch.device) -> Iterator[None]:
     finally:
         if device.type == "cuda":
             torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.backends.mha.set_fastpath_enabled(attention)
         if precision != "highest":
             torch.set_float32_matmul_precision(precision)
         if threads != 1:

@@ -17,7 +17,8 @@ from fed_dpprune.models.flat import Layout
 MODES = ("flat", "per-layer", "automatic")
 STABILITY = 0.01
 UNIT = 2.0**-53  # the largest relative error of one float64 operation
-# Examples of one batch for which `slack` holds, and how many of them are added up before their sum joins the total.
+# Examples of one batch for which `slack` is counted (it grows with their square), and how many terms of a level are added
+# up before their sum joins the next.
 MOST_EXAMPLES, GROUP = 1 << 20, 1 << 10
 
 
@@ -26,15 +27,16 @@ def slack(coordinates: int, tensors: int) -> float:
 
     Norm: squares of float32 are exact in float64, a product form rounds three times more per term; adding up m terms of one
     sign errs by (m - 1) units at most, in any order. Root, division and scaling round once each. Sum: every term carries an
-    error of one unit for each addition it goes through, fewer than GROUP inside a group and MOST_EXAMPLES / GROUP between
-    groups, relative to the sum of all clipped norms, in each of the two sums compared. See docs/privacy.md, "Floating point".
+    error of one unit for each addition it goes through, fewer than GROUP inside a group, than GROUP among the groups of a
+    level and than MOST_EXAMPLES / GROUP among levels (groups may be as small as one example), relative to the sum of all
+    clipped norms, in each of the two sums compared. See docs/privacy.md, "The bound on one example".
 
     Args:
         coordinates: Most live coordinates, k <= d.
         tensors: Parameter tensors.
     """
     norm = coordinates + 3 * tensors + 16
-    total = 2 * MOST_EXAMPLES * (GROUP + MOST_EXAMPLES // GROUP + 8)
+    total = 2 * MOST_EXAMPLES * (2 * GROUP + MOST_EXAMPLES // GROUP + 8)
     return (norm + total) * UNIT
 
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from fed_dpprune.dpsgd import compiled, selfcheck
 from fed_dpprune.dpsgd.arithmetic import pinned
-from fed_dpprune.dpsgd.clipping import GROUP, MOST_EXAMPLES, Clipping
+from fed_dpprune.dpsgd.clipping import GROUP, Clipping
 from fed_dpprune.dpsgd.grad_sample.contribution import Contribution
 from fed_dpprune.dpsgd.layered import LayerEngine, Pass
 from fed_dpprune.dpsgd.live import LiveTensor, live_tensors
 from fed_dpprune.dpsgd.reference import MEMORY_BYTES, VmapEngine
-from fed_dpprune.dpsgd.sums import clipped_sum
+from fed_dpprune.dpsgd.sums import clipped_sum, in_levels
 from fed_dpprune.dpsgd.validate import check_module
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.models.flat import Layout
@@ -163,8 +163,8 @@ class PrivateGradient:
         Adding or removing one example, of whatever content, moves the result by at most `clipping.sensitivity(layout)` in L2.
 
         Args:
-            x: Examples, shape (n, ...). n = 0 is legal: an empty Poisson batch still gets its noise. Those beyond MOST_EXAMPLES,
-                for which the bound is proven, count as absent.
+            x: Examples, shape (n, ...). n = 0 is legal: an empty Poisson batch still gets its noise. The slack is counted
+                for MOST_EXAMPLES.
             y: Labels, shape (n,).
             clipping: The bound.
 
@@ -175,13 +175,13 @@ class PrivateGradient:
             ConfigError: The model does not prove itself (first call for a shape of inputs); never for what an example holds: one
                 whose loss or live gradient is not finite, or which the module cannot take, adds nothing.
         """
-        inputs, labels = self._to_device(x[:MOST_EXAMPLES]), self._to_device(y[:MOST_EXAMPLES])
+        inputs, labels = self._to_device(x), self._to_device(y)
         total = np.zeros(self._wide.k, dtype=np.float64)
         if self._live and len(inputs):
             rows = self.prove(inputs, labels)
             with self._pinned():
-                for part in self._groups(len(inputs), rows):
-                    total += self._group_sum(inputs[part], labels[part], clipping, rows)
+                sums = (self._group_sum(inputs[part], labels[part], clipping, rows) for part in self._groups(len(inputs), rows))
+                total = in_levels(sums, total)
         return total if self._place is None else total[self._place]
 
     def prove(self, x: Tensor, y: Tensor) -> int:
@@ -212,8 +212,8 @@ class PrivateGradient:
         if not self._parameters:
             return 1
         plain_x = x.to(self._parameters[0].dtype) if x.is_floating_point() else x
-        small = selfcheck.check_forward(self.module, self._loss, plain_x, y) <= SMALL
-        several = ROWS_OF_SMALL if small else ROWS
+        values, row_by_row = selfcheck.check_forward(self.module, self._loss, plain_x, y)
+        several = (ROWS_OF_SMALL if values <= SMALL else ROWS) if row_by_row else 1
         if self._layers is not None and not self._layers_fit(x, y):
             self._layers = None
         for layers, rows in self._choices(several):
@@ -232,7 +232,7 @@ class PrivateGradient:
     def _choices(self, several: int) -> list[tuple[LayerEngine | None, int]]:
         """Routes and rows, the preferred first."""
         routes = [self._layers, None] if self._layers is not None else [None]
-        return [(route, rows) for route in routes for rows in (several, 1)]
+        return [(route, rows) for route in routes for rows in dict.fromkeys((several, 1))]
 
     def _layers_fit(self, x: Tensor, y: Tensor) -> bool:
         layers = self._layers

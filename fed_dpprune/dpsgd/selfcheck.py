@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fed_dpprune.dpsgd.clipping import Clipping
 from fed_dpprune.dpsgd.grad_sample.contribution import Contribution
 from fed_dpprune.dpsgd.live import LiveTensor, live_tensors
+from fed_dpprune.dpsgd.operations import Recorder, looks_at_no_value
 from fed_dpprune.dpsgd.reference import Loss
 from fed_dpprune.dpsgd.sums import clipped_sum
 from fed_dpprune.errors import ConfigError
@@ -33,7 +34,7 @@ EXAMPLES = 3
 TOLERANCE = 1e-3  # float32 in two orders of summation stays far below; a lost tensor or cross term is far above
 ALL_UP_TO = 1 << 20  # coordinates up to which bits are compared with all of them live, not with a tenth alone
 # How far the examples are moved (None: in reverse order), and what every second one is replaced by.
-ARRANGEMENTS = ((0, None), (7, 1e3), (1, 3e38), (16, float("nan")), (3, 1e-42))
+ARRANGEMENTS = ((0, None), (7, 1e3), (1, -3e38), (16, float("nan")), (3, 1e-42), (5, 0.0))
 FIX = "let every layer and the loss treat each example by itself"
 
 
@@ -58,7 +59,7 @@ def made_up_labels(like: Tensor, rows: int) -> Tensor:
     return made_up(like, rows, seed=2) if like.is_floating_point() else like.new_zeros(rows, *like.shape[1:])
 
 
-def check_forward(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> int:
+def check_forward(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> tuple[int, bool]:
     """Run the module on made-up examples, together and one by one.
 
     Args:
@@ -68,7 +69,8 @@ def check_forward(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> int:
         y: Labels, likewise.
 
     Returns:
-        Values that its layers put out for one example.
+        Values that its layers put out for one example, and whether several examples may go through it at once: every operation
+        is known to go row by row, and none of its code looks at a value.
 
     Raises:
         ConfigError: It fails on them, changes its buffers or weights, draws random numbers, or mixes examples; says which layer.
@@ -88,11 +90,20 @@ def check_forward(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> int:
                 _refuse_mixing(together, alone, outputs, output, place)
                 if not _close(losses[own], loss(output, made_y[own])):
                     raise ConfigError("loss", "mixes the examples of a batch", FIX)
-            return sum(value.numel() for _, value in alone)
+            return sum(value.numel() for _, value in alone), _row_by_row(module, loss, made_x, made_y)
     except ConfigError:
         raise
     except Exception as error:
         raise failed(error) from error
+
+
+def _row_by_row(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> bool:
+    with torch.enable_grad(), Recorder() as recorder:
+        asked = [p for p in module.parameters() if p.requires_grad]
+        losses = loss(module(x), y)
+        if losses.requires_grad:
+            torch.autograd.grad(losses.sum(), asked, allow_unused=True)
+    return not recorder.others and looks_at_no_value(module, loss, x, y)
 
 
 def failed(error: Exception) -> ConfigError:

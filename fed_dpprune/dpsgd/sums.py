@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fed_dpprune.dpsgd.clipping import Clipping
+from fed_dpprune.dpsgd.clipping import GROUP, Clipping
 from fed_dpprune.dpsgd.grad_sample.contribution import PADDING, Contribution
 from fed_dpprune.dpsgd.live import LiveTensor
 
@@ -38,3 +38,20 @@ def clipped_sum(
     for tensor, part, factor in zip(live, joined, factors, strict=True):
         part.weighted_sum(factor, out[tensor.start : tensor.stop])
     return out.cpu().numpy()
+
+
+def in_levels(sums: Iterable[NDArray[np.float64]], total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Add the sums of groups to `total`, GROUP of them at a time, so that no term goes through more additions than counted.
+
+    Args:
+        sums: Of groups of at most GROUP examples; memory may make them as small as one example.
+        total: Shape (k,), zeros.
+    """
+    level, count = np.zeros_like(total), 0
+    for one in sums:
+        level += one
+        count += 1
+        if count == GROUP:
+            total += level
+            level[:], count = 0.0, 0
+    return total + level if count else total
