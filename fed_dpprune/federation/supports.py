@@ -30,15 +30,25 @@ def shipped_part(sparsity: cfg.Sparsity) -> str:
     return OUTER if sparsity.freeze.method in ("public", "change") else NOT_SHIPPED
 
 
-# What a support made by these methods can claim at best. A file carries its own word, which the client cannot look at.
-_BEST_CLAIM = {"magnitude": "data-free", "change": "data-free", "synflow": "data-free", "snip": "public", "public": "public"}
+# What a support made by each method can claim at best; a method without a row is an error, never the best claim. The mask
+# of a file is packed into the message, and its word is the server's: a client can look at neither.
+_BEST_CLAIM = {
+    "none": "random",
+    "random": "random",
+    "file": "random",
+    "magnitude": "data-free",
+    "change": "data-free",
+    "synflow": "data-free",
+    "snip": "public",
+    "public": "public",
+}
 
 
 def best_claim(config: cfg.Config) -> str:
     """The strongest provenance that supports of this config can have; terms that claim a stronger one are wrong."""
     sparsity = config.sparsity
     methods = (sparsity.prune.method, sparsity.freeze.method, sparsity.drop.method)
-    return weakest(*(_BEST_CLAIM.get(method, "random") for method in methods))
+    return weakest(*(_BEST_CLAIM[method] for method in methods))
 
 
 def changes_follow(sparsity: cfg.Sparsity, missed: int) -> bool:
