@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -151,14 +153,24 @@ def test_killed_anywhere_while_it_is_made_a_ledger_is_there_or_is_not(mode: Any,
 
 
 def test_what_another_ledger_of_the_name_left_is_not_rolled_into_a_new_one(tmp_path: Path) -> None:
+    """An operator removes a ledger and its mark, and overlooks the journal of a write that a kill cut short."""
     path = tmp_path / "l" / "ledger.sqlite"
-    Ledger.create(path, "data", mode="deployment", delta=DELTA, accountant="rdp").close()
+    journal, mark = (path.with_name(f"ledger.sqlite{ending}") for ending in ("-journal", ".mark"))
+    Ledger.create(path, "other data", mode="deployment", delta=DELTA, accountant="rdp").close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = delete")
+        connection.execute("PRAGMA cache_size = 1")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", [(f"key {n}", "x" * 500) for n in range(500)])
+        left = journal.read_bytes()
+        connection.execute("ROLLBACK")
     path.unlink()
-    path.with_name("ledger.sqlite.mark").unlink()
-    path.with_name("ledger.sqlite-journal").write_bytes(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + bytes(504))
-    path.with_name("ledger.sqlite-journal").chmod(0o600)
-    with Ledger.create(path, "data", mode="deployment", delta=DELTA, accountant="rdp"):
-        assert not path.with_name("ledger.sqlite-journal").exists()
+    mark.unlink()
+    journal.write_bytes(left)
+    journal.chmod(0o600)
+    with Ledger.create(path, "data", mode="deployment", delta=DELTA, accountant="rdp") as ledger:
+        assert ledger.meta["identity"] == "data"
+        assert not journal.exists()
 
 
 WINDOWS = ("idle", "charging", "charged", "computing", "storing", "sending")
