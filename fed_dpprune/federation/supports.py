@@ -157,7 +157,7 @@ class Supports:
 
     def moved(self, round: int, clients: Collection[int], weights: Vector, *, odds: tuple[int, ...] = ()) -> Support:
         """What the updates of these clients may move together, where supports are not shared and none is shipped."""
-        whose = sorted({group(self.config.sparsity, client) for client in clients})
+        whose = sorted({group(self.config.sparsity, c) for c in clients})
         drawn = (self.of(round, client, weights, odds=odds).support for client in whose)
         return next(drawn) if len(whose) == 1 else union(drawn)
 
