@@ -306,7 +306,9 @@ def test_a_round_answered_before_is_not_answered_with_changes(met, asked):
 
 
 def test_a_round_older_than_one_answered_is_refused(met, asked):
-    assert_refused(met, with_record(asked[2], "terms", noise_multiplier=0.0))  # leaves the model of round 2 with the client
+    assert_refused(
+        met, with_record(asked[2], "terms", live=asked[2]["terms"]["live"] + 1)
+    )  # leaves the model of round 2 with the client
     assert status(met.runtime.train(asked[3])) == "ok"
     assert_refused(met, asked[2], "older-round")
 
@@ -330,6 +332,16 @@ def test_a_client_refuses_past_its_own_limit_whatever_the_terms_say(conf, asked,
 )
 def test_each_limit_of_the_operator_stops_the_clients_round(conf, asked, tmp_path, policy, code):
     assert_refused(own_client(conf, WHO, tmp_path, **policy), asked[1], code)
+
+
+@pytest.mark.parametrize("room", ["bench", "share"])
+def test_the_operators_limits_are_asked_before_anything_is_built_for_a_request(conf, asked, tmp_path, monkeypatch, room):
+    """Ten thousand steps, each with a support of its own, took a minute and gigabytes before the policy refused them."""
+    client = own_client(conf, WHO, tmp_path, max_steps_per_round=1)
+    monkeypatch.setattr(client.runtime._setup, room, lambda: pytest.fail(f"the {room} was made"))
+    monkeypatch.setattr(client.runtime._setup.store, "load", lambda *_: pytest.fail("the model was looked for"))
+    monkeypatch.setattr(Supports, "of", lambda *_, **__: pytest.fail("a support was drawn"))
+    assert_refused(client, asked[1], "steps-above-policy")
 
 
 # --- replays --------------------------------------------------------------------------------------------------------------
@@ -661,6 +673,17 @@ def test_what_a_client_draws_to_catch_up_is_bounded(conf, met, asked, monkeypatc
     bench = met.runtime._setup.bench()
     with pytest.raises(ClientFault, match="need-resync"):
         met.runtime._update(replace(terms, round=4), parcel, parcel.payload, bench)
+
+
+def test_the_steps_of_a_missed_round_count_where_each_has_its_own_support(conf, met, asked, monkeypatch):
+    monkeypatch.setattr(broadcast, "MOST_DRAWS", 3)
+    monkeypatch.setattr(Supports, "moved", lambda *_, **__: pytest.fail("a support was drawn"))
+    changes = {"sparsity.freeze": cfg.Freeze(method="random", rate=0.5, refresh="step")}
+    stepwise = conf.model_copy(update={"sparsity": conf.sparsity.model_copy(update={"freeze": changes["sparsity.freeze"]})})
+    monkeypatch.setattr(met.runtime._setup, "config", stepwise)
+    terms, parcel = from_wire(dict(asked[2]["terms"])), messages.read_request(asked[2])
+    with pytest.raises(ClientFault, match="need-resync"):
+        met.runtime._update(replace(terms, round=3), parcel, parcel.payload, met.runtime._setup.bench())
 
 
 @pytest.mark.parametrize("told", [b"\x01" + bytes(7), b"\x20", b"\x0f"])

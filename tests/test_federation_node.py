@@ -251,6 +251,7 @@ def test_a_hello_or_a_malformed_request_writes_no_ledger(own, asked):
     answer(own)
     answer(own, RecordDict({"terms": ConfigRecord({"protocol": 1})}))
     answer(own, small_run.with_record(asked, "terms", fingerprint="0" * 32))
+    assert status(answer(own, small_run.with_record(asked, "terms", noise_multiplier=0.001))) == "noise-multiplier-below-policy"
     assert not Path(own["ledger"]).exists()
     assert status(answer(own, asked)) == "ok"
     with Ledger.read(Path(own["ledger"])) as ledger:

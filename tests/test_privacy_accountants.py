@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fed_dpprune.errors import ConfigError
-from fed_dpprune.privacy import renyi
+from fed_dpprune.privacy import calibration, renyi
 from fed_dpprune.privacy.accountants import pld, table
+from fed_dpprune.privacy.budget import Account
 from fed_dpprune.privacy.history import Entry, merge
 
 # (sample rate, noise multiplier, steps, delta) -> Opacus rdp, Opacus prv, dp-accounting rdp, dp-accounting pld.
@@ -280,6 +281,35 @@ def test_a_setting_that_would_cost_gigabytes_or_minutes_never_reaches_its_accoun
     figure, by_name = table.compute((entry,), 1e-5, accountant)
     assert not by_name
     assert figure == table.compute((entry,), 1e-5, "rdp")[0]
+
+
+# (noise, rate, steps), delta, epsilon that is spent at least: losses rounded down on a grid and convolved without a Fourier
+# transform, tails left out.
+TINY = [
+    (Entry(1.2069921407426043, 0.008366367985578039, 228), 1e-14, 1.9582),
+    (Entry(1.2069921407426043, 0.008366367985578039, 228), 1e-13, 1.7487),
+    (Entry(1.0, 0.01, 1000), 1e-13, 4.1048),
+    (Entry(0.8, 0.005, 500), 1e-12, 4.2733),
+]
+
+
+@pytest.mark.parametrize("accountant", ["prv", "pld", "rdp"])
+@pytest.mark.parametrize(("entry", "delta", "spent"), TINY)
+def test_no_figure_at_a_tiny_delta_is_below_what_is_spent(accountant, entry, delta, spent):
+    assert table.epsilon([entry], delta, accountant) >= spent
+    verdict = Account(delta).after("r", [entry], rounds=1, accountant=accountant, max_epsilon=None)
+    assert verdict.epsilon >= spent
+
+
+def test_prv_gives_way_to_rdp_at_a_tiny_delta_everywhere(monkeypatch):
+    entry, tiny = Entry(1.2069921407426043, 0.008366367985578039, 228), 9.9e-11
+    assert table.load([entry], 1e-10, "prv") <= 1.0
+    monkeypatch.setattr(table._module("prv"), "epsilons", lambda *_: pytest.fail("prv was asked"))
+    figure = table.epsilon([entry], tiny, "rdp")
+    assert table.epsilon([entry], tiny, "prv") == figure
+    noise = calibration.noise_multiplier(2.0, tiny, entry.sample_rate, 20, "prv")
+    assert noise == calibration.noise_multiplier(2.0, tiny, entry.sample_rate, 20, "rdp")
+    assert calibration.max_steps(3.0, tiny, 0.01, 1.2, "prv") == calibration.max_steps(3.0, tiny, 0.01, 1.2, "rdp")
 
 
 @pytest.mark.slow

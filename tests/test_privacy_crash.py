@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -109,6 +111,68 @@ def test_released_implies_charged_wherever_the_client_is_killed(point: str, mode
         assert ledger.head().count == 1
 
 
+def _make_until(path: Path, mode: Any, last: int, count: Any) -> None:
+    """Make a ledger, and kill this process at the `last` call into the system's or SQLite's code."""
+
+    def profile(frame: Any, event: str, function: Any) -> None:
+        if event != "c_call":
+            return
+        count.value += 1
+        if count.value == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(profile)
+    Ledger.open_or_create(path, "data", mode=mode, delta=DELTA, accountant="rdp")
+    sys.setprofile(None)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_anywhere_while_it_is_made_a_ledger_is_there_or_is_not(mode: Any, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    count = context.Value("i", 0)
+
+    def make(path: Path, last: int) -> int:
+        count.value = 0
+        child = context.Process(target=_make_until, args=(path, mode, last, count))
+        child.start()
+        child.join()
+        return int(child.exitcode or 0)
+
+    assert make(tmp_path / "whole" / "ledger.sqlite", 0) == 0
+    calls, found = count.value, Counter[bool]()
+    assert calls > 50
+    for last in range(1, calls, max(1, calls // 80)):
+        path = tmp_path / str(last) / "ledger.sqlite"
+        assert make(path, last) == -signal.SIGKILL
+        found[path.exists()] += 1
+        with Ledger.open_or_create(path, "data", mode=mode, delta=DELTA, accountant="rdp") as ledger:
+            assert ledger.charge("0", key(1), "run", 1, [ENTRY], rounds=ROUNDS).number == 1
+        left = {name.name.removeprefix("ledger.sqlite") for name in path.parent.iterdir() if not name.name.endswith(".tmp")}
+        assert left <= {"", ".mark", ".lock"}
+    assert found[True] and found[False]
+
+
+def test_what_another_ledger_of_the_name_left_is_not_rolled_into_a_new_one(tmp_path: Path) -> None:
+    """An operator removes a ledger and its mark, and overlooks the journal of a write that a kill cut short."""
+    path = tmp_path / "l" / "ledger.sqlite"
+    journal, mark = (path.with_name(f"ledger.sqlite{ending}") for ending in ("-journal", ".mark"))
+    Ledger.create(path, "other data", mode="deployment", delta=DELTA, accountant="rdp").close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = delete")
+        connection.execute("PRAGMA cache_size = 1")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", [(f"key {n}", "x" * 500) for n in range(500)])
+        left = journal.read_bytes()
+        connection.execute("ROLLBACK")
+    path.unlink()
+    mark.unlink()
+    journal.write_bytes(left)
+    journal.chmod(0o600)
+    with Ledger.create(path, "data", mode="deployment", delta=DELTA, accountant="rdp") as ledger:
+        assert ledger.meta["identity"] == "data"
+        assert not journal.exists()
+
+
 WINDOWS = ("idle", "charging", "charged", "computing", "storing", "sending")
 
 
@@ -179,6 +243,7 @@ def _kill_at_random(mode: Any, tmp_path: Path, window: mmap.mmap, kills: int, in
         assert child.exitcode == -signal.SIGKILL
         killed[WINDOWS[window[0]]] += 1
         assert sum(killed.values()) < 1000, killed
+    _open(path, mode).close()  # what the last kill cut short is rolled back by whoever may write
     with Ledger.read(path) as ledger:
         charged, released = ledger.verify().count, _released(wire)
         rounds = [int.from_bytes(reply[:8], "big") for reply in released]

@@ -19,6 +19,7 @@ import pytest
 from fed_dpprune.errors import ClientFault, ConfigError, LedgerError
 from fed_dpprune.privacy import budget, locks
 from fed_dpprune.privacy.accountants import table
+from fed_dpprune.privacy.cache import Figures
 from fed_dpprune.privacy.history import Entry
 from fed_dpprune.privacy.ledger import Charge, Head, Ledger, Request
 
@@ -61,6 +62,37 @@ def _round(ledger: Ledger, number: int, limit: float | None = None, client: str 
 
 
 # --- charging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_fifty_refused_charges_leave_no_figure_in_memory_or_on_disk(
+    tmp_path: Path, mode: Any, accountant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server chooses noise and rate: what it is refused must not fill the client's disk."""
+    cache = Figures(tmp_path / "cache")
+    monkeypatch.setattr(table, "_memory", {})
+    with Ledger.create(tmp_path / "l" / "a.sqlite", "data", mode=mode, delta=DELTA, accountant=accountant, cache=cache) as ledger:
+        for number in range(50):
+            entry = Entry(1.0 + number / 1000, 0.5, 2)
+            with pytest.raises(ClientFault, match="budget-exhausted"):
+                ledger.charge("0", key(number), "run", 1, [entry], rounds=40, max_epsilon=0.5)
+        assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+        assert table._memory == {}
+        _round(ledger, 1)
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_of_the_rounds_ahead_those_past_the_limit_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Figures(tmp_path / "cache")
+    monkeypatch.setattr(table, "_memory", {})
+    with Ledger.create(
+        tmp_path / "l" / "a.sqlite", "data", mode="deployment", delta=DELTA, accountant="rdp", cache=cache
+    ) as made:
+        limit = table.epsilon([Entry(2.71, 0.5, 6)], DELTA, "rdp", Figures(tmp_path / "other"))
+        table._memory.clear()
+        made.charge("0", key(1), "run", 1, [Entry(2.71, 0.5, 2)], rounds=20, max_epsilon=limit)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert set(json.loads(file.read_text())["values"]) == {"2", "4", "6"}
 
 
 def test_a_charge_is_in_the_file_when_it_returns(ledger: Ledger, path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -326,3 +327,16 @@ def test_eleven_million_parameters_take_at_most_150_ms(rate, capsys):
     with capsys.disabled():
         print(f"\nrate {rate}: k {live.k}, median {np.median(seconds) * 1e3:.0f} ms, worst {max(seconds) * 1e3:.0f} ms")
     assert np.median(seconds) <= 0.15
+
+
+def test_a_rounds_support_of_many_steps_takes_the_memory_of_a_few():
+    """A server chooses the steps: their supports are added up one by one, not kept."""
+    layout = Layout((Tensor("w", (200, 1000)),))
+    sparsity = Sparsity(freeze=Freeze(method="random", rate=0.5, refresh="step"))
+    tracemalloc.start()
+    try:
+        round_support(sparsity, dense(layout.d), layout, 0, 1, 1, local_steps=100)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 25 * 9 * layout.d  # mask and indices of all steps would be 50 times

@@ -27,7 +27,7 @@ from fed_dpprune.errors import WireError
 from fed_dpprune.federation import start
 from fed_dpprune.federation.model_store import model_digest
 from fed_dpprune.federation.start import Vector
-from fed_dpprune.federation.supports import changes_follow, follows_from_clients, pack_clients
+from fed_dpprune.federation.supports import changes_follow, draws_each, follows_from_clients, pack_clients
 from fed_dpprune.federation.uplink import dither
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.support import Support, union
@@ -172,7 +172,8 @@ class Broadcast:
     def _draws(self, base: int) -> int:
         """How many supports a client must draw to know what it missed."""
         each = [len(self.changes[v].clients) for v in self._missed(base)]
-        return sum(each) if follows_from_clients(self.config.sparsity, len(each)) else len(each)
+        drawn = sum(each) if follows_from_clients(self.config.sparsity, len(each)) else len(each)
+        return drawn * draws_each(self.config)
 
     def _told(self, base: int) -> bytes:
         """Who answered in each missed round, every round's bits in the same number of bytes."""

@@ -34,6 +34,7 @@ from fed_dpprune.federation.supports import (
     Supports,
     best_claim,
     changes_follow,
+    draws_each,
     follows_from_clients,
     shipped_part,
     unpack_clients,
@@ -74,6 +75,9 @@ _work = _Work()
 class Guard(Protocol):
     """Who decides whether a request may be answered, and remembers what was."""
 
+    def screen(self, terms: RoundTerms) -> None:
+        """Refuse, by raising ClientFault, what public limits forbid: before anything is built, drawn or opened for it."""
+
     def admit(self, terms: RoundTerms) -> bytes | None:
         """Charge the request, or give back the reply stored for it; raises ClientFault to refuse."""
 
@@ -83,6 +87,9 @@ class Guard(Protocol):
 
 class HostGuard:
     """For clients whose host has admitted and charged the request already (`federation/host.py`)."""
+
+    def screen(self, terms: RoundTerms) -> None:
+        """Within the limits."""
 
     def admit(self, terms: RoundTerms) -> bytes | None:
         """Admitted."""
@@ -198,6 +205,8 @@ class ClientRuntime:
         setup = self._setup
         # 1. The terms must be meant for this client, under this code and this config.
         self._check(terms)
+        # They must be within the operator's limits too, before their rounds, steps and supports cost time and memory.
+        setup.guard.screen(terms)
         # 2. Bring the model up to date; both ends must hold it to the bit.
         bench = setup.bench()
         parcel = messages.read_request(content)
@@ -313,7 +322,7 @@ class ClientRuntime:
         rounds = range(version + 1, terms.round)
         if version >= terms.round:
             raise ClientFault("older-round", f"holds version {version}")
-        if len(rounds) > broadcast.MOST_DRAWS:
+        if len(rounds) * draws_each(self._setup.config) > broadcast.MOST_DRAWS:
             raise ClientFault("need-resync", f"missed {len(rounds)} rounds")
         if not changes_follow(self._setup.config.sparsity, len(rounds)) and rounds:
             count, size = parcel.changed
@@ -335,14 +344,14 @@ class ClientRuntime:
             raise WireError("request", "odds do not fit the missed rounds")
         each = len(told) // len(rounds) if rounds else 0
         wanted = follows_from_clients(self._setup.config.sparsity, len(rounds))
-        everyone = self._setup.config.federation.clients
+        everyone, most = self._setup.config.federation.clients, broadcast.MOST_DRAWS // draws_each(self._setup.config)
         if bool(told) != wanted or each * len(rounds) != len(told) or each > (everyone + 7) // 8:
             raise WireError("request", "who answered does not fit the missed rounds")
         supports = Supports(self._setup.config, layout, begin.survivors, terms.seed)
         found, drawn = [], 0
         for place, round in enumerate(rounds):
             clients = unpack_clients(told[place * each : (place + 1) * each]) if told else (terms.client,)
-            if not clients or clients[-1] >= max(everyone, terms.client + 1) or drawn + len(clients) > broadcast.MOST_DRAWS:
+            if not clients or clients[-1] >= max(everyone, terms.client + 1) or drawn + len(clients) > most:
                 raise WireError("request", "nobody, or nobody of this run, or too many answered a missed round")
             drawn += len(clients)
             found.append(supports.moved(round, clients, begin.model, odds=odds[place * width : (place + 1) * width]))

@@ -77,6 +77,16 @@ class LedgerGuard:
             _log.warning("%s was opened with other data; what was spent before still counts", ledger.path)
         return ledger
 
+    def screen(self, terms: RoundTerms) -> None:
+        """The policy alone, without the ledger: `admit` asks it again.
+
+        Raises:
+            ClientFault: The policy refuses; nothing was opened or written.
+        """
+        verdict = self._verdict(terms)
+        if verdict is not None:
+            raise verdict
+
     def admit(self, terms: RoundTerms) -> bytes | None:
         """Charge one request; the stored reply when it is a replay of an answered one.
 

@@ -248,8 +248,12 @@ class OwnLedger:
     def _guard(self) -> LedgerGuard:
         if self._open is None:
             facts = self._facts
-            self._open = LedgerGuard(open_ledger(facts), facts.policy, {facts.partition: facts.nominal_size})
+            self._open = LedgerGuard(lambda: open_ledger(facts), facts.policy, {facts.partition: facts.nominal_size})
         return self._open
+
+    def screen(self, terms: RoundTerms) -> None:
+        """The limits alone; see `guard.LedgerGuard`."""
+        self._guard().screen(terms)
 
     def admit(self, terms: RoundTerms) -> bytes | None:
         """Charge, or give back what was stored; see `guard.LedgerGuard`."""

@@ -18,6 +18,7 @@ from fed_dpprune import config as cfg
 from fed_dpprune.federation.start import Vector
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.sparsity.recipe import RoundSupport, fixed, group, round_support
+from fed_dpprune.sparsity.schedule import steps_differ
 from fed_dpprune.sparsity.support import Support, union, weakest
 
 NOT_SHIPPED, OUTER, WHOLE = "", "outer", "whole"
@@ -64,6 +65,11 @@ def changes_follow(sparsity: cfg.Sparsity, missed: int) -> bool:
 def follows_from_clients(sparsity: cfg.Sparsity, missed: int) -> bool:
     """Whether it is who answered that tells which coordinates moved."""
     return missed > 0 and not sparsity.shared and changes_follow(sparsity, missed)
+
+
+def draws_each(config: cfg.Config) -> int:
+    """How many supports must be drawn to know what one client, or one round of shared supports, has moved."""
+    return config.federation.local_steps if steps_differ(config.sparsity) else 1
 
 
 def pack_clients(clients: Sequence[int]) -> bytes:
@@ -161,8 +167,9 @@ class Supports:
 
     def moved(self, round: int, clients: Collection[int], weights: Vector, *, odds: tuple[int, ...] = ()) -> Support:
         """What the updates of these clients may move together, where supports are not shared and none is shipped."""
-        drawn = [self.of(round, c, weights, odds=odds).support for c in sorted({group(self.config.sparsity, c) for c in clients})]
-        return drawn[0] if len(drawn) == 1 else union(drawn)
+        whose = sorted({group(self.config.sparsity, c) for c in clients})
+        drawn = (self.of(round, client, weights, odds=odds).support for client in whose)
+        return next(drawn) if len(whose) == 1 else union(drawn)
 
     def ship(self, round: int, weights: Vector, scores: np.ndarray) -> Support:
         """The server's side: what must be sent of a round's support, chosen by its scores, shape (d,)."""

@@ -186,27 +186,42 @@ class Account:
         if self.declaration is None:
             order = choose_order(merged, rounds, self.delta, max_epsilon)
             fresh = Declaration(run, rounds, merged, order)
-            figure = self._by_accountant((), merged, min(rounds, ahead), accountant, cache)
+            figure = self._by_accountant((), merged, min(rounds, ahead), accountant, max_epsilon, cache)
             return Verdict(figure, figure, SCHEDULE, fresh)
         run_before = self.by_run.get(run, ())
         if self._belongs(run, merged):
             left = self.declaration.rounds - self.rounds.get(run, 0)
-            figure = self._by_accountant(run_before, merged, min(left, ahead), accountant, cache)
+            figure = self._by_accountant(run_before, merged, min(left, ahead), accountant, max_epsilon, cache)
             return Verdict(figure, figure, SCHEDULE, None)
         total = self.filtered(merge((*self.history, *merged)), max_epsilon)
         return Verdict(total, renyi.epsilon(merge((*run_before, *merged)), self.delta), FILTER, None)
 
     def _by_accountant(
-        self, before: Sequence[Entry], entries: tuple[Entry, ...], ahead: int, accountant: str, cache: Figures | None
+        self,
+        before: Sequence[Entry],
+        entries: tuple[Entry, ...],
+        ahead: int,
+        accountant: str,
+        max_epsilon: float | None,
+        cache: Figures | None,
     ) -> float:
-        """Epsilon after the charge; when it is not known yet, the rounds that follow are computed with it."""
-        first = (*before, *entries)
-        if ahead > 1 and not table.known(first, self.delta, accountant, cache):
-            last = (*before, *repeated(entries, ahead))
-            ahead = min(ahead, max(1, int(1.0 / max(table.load(last, self.delta, accountant), 1.0 / ahead))))
-            following = [(*before, *repeated(entries, times)) for times in range(1, ahead + 1)]
-            return table.epsilons(following, self.delta, accountant, cache)[0]
-        return table.epsilon(first, self.delta, accountant, cache)
+        """Epsilon after the charge; when it is not known yet and fits, the rounds that follow are computed with it.
+
+        A charge that is refused costs one figure and leaves none: its setting is the server's, who may send many.
+        """
+
+        def fits(figure: float) -> bool:
+            return max_epsilon is None or figure <= max_epsilon
+
+        def figures(times: Sequence[int]) -> list[float]:
+            return table.epsilons([(*before, *repeated(entries, n)) for n in times], self.delta, accountant, cache, fits)
+
+        fresh = ahead > 1 and not table.known((*before, *entries), self.delta, accountant, cache)
+        (figure,) = figures([1])
+        if fresh and fits(figure):
+            load = table.load((*before, *repeated(entries, ahead)), self.delta, accountant)
+            figures(range(2, min(ahead, int(1.0 / max(load, 1.0 / ahead))) + 1))
+        return figure
 
     def rounds_left(self, entries: Sequence[Entry], *, accountant: str, max_epsilon: float, cache: Figures | None = None) -> int:
         """How many rounds of this setting a new run may still have, by the rule that will be enforced."""

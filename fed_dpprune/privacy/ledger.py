@@ -115,12 +115,7 @@ class Ledger:
         }
         locks.make_directory(ledger.path.parent)
         with ledger._held_if_shared():
-            locks.create_private(ledger.path)
-            try:
-                ledger._lay_out(meta)
-            except LedgerError:
-                ledger.path.unlink(missing_ok=True)
-                raise
+            ledger._make(meta)
             ledger._start(identity)
         return ledger
 
@@ -206,16 +201,23 @@ class Ledger:
         ledger.accountant = ledger.meta.get("accountant", ledger.accountant)
         return ledger
 
+    def _alone(self) -> None:
+        """In a simulation: the lock that is held as long as the file is open."""
+        if self.mode == SIMULATION and not self._lock.mine and not self._lock.acquire():
+            raise LedgerError(str(self.path), "is open in another process", "end that run first, or use another directory")
+
     def _connect(self) -> None:
         """Open the connection with the mode's settings, each read back."""
+        self._alone()
         if self.mode == DEPLOYMENT:
             locks.check_private(self.path)
-        elif not self._lock.acquire():
-            raise LedgerError(str(self.path), "is open in another process", "end that run first, or use another directory")
         if not os.access(self.path, os.W_OK) or not os.access(self.path.parent, os.W_OK):
             raise LedgerError(str(self.path), "is read-only", "a charge must be written before anything is computed")
-        self._connection = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
+        self._link(self.path)
         self._inode = os.stat(self.path).st_ino
+
+    def _link(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
         journal, synchronous = self.settings(self.mode)
         for pragma, value in (("trusted_schema", 0), ("foreign_keys", 1), ("synchronous", synchronous)):
             self._execute(f"PRAGMA {pragma} = {value}")
@@ -231,15 +233,39 @@ class Ledger:
             return "wal", 1
         return ("wal", 2) if version >= WAL_IS_SAFE_FROM else ("delete", 3)
 
-    def _lay_out(self, meta: dict[str, str]) -> None:
-        """Write the tables and what is fixed for good into a new file, in one transaction."""
+    def _make(self, meta: dict[str, str]) -> None:
+        """Make the file whole under another name, then give it its own: wherever this is killed, it is there or it is not.
+
+        Every process does so under the lock; what is under the other name was left by one that was killed.
+        """
+        new = locks.beside(self.path, "new")
         with self._faults():
+            self._alone()
+            locks.refuse_existing(self.path)
+            locks.remove_database(new)
+            locks.create_private(new)
+            try:
+                if self.mode == DEPLOYMENT:
+                    locks.check_private(new)
+                self._lay_out(new, meta)
+                locks.give_name(new, self.path)
+            except BaseException:
+                locks.remove_database(new)
+                raise
             self._connect()
+
+    def _lay_out(self, path: Path, meta: dict[str, str]) -> None:
+        """Write the tables and what is fixed for good into a new file, in one transaction; nothing of it stays open."""
+        self._link(path)
+        try:
             self._execute("BEGIN IMMEDIATE")
             for statement in _statements(rows.TABLES):
                 self._execute(statement)
             self._sql.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
             self._execute("COMMIT")
+        finally:
+            self._sql.close()
+            self._connection = None
 
     def _start(self, identity: str, delta: float | None = None, unit: str | None = None) -> None:
         """Check what was opened, and refuse what is not this budget's newest state."""

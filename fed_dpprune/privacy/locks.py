@@ -40,6 +40,11 @@ class Lock:
         self._name = str(self._path.absolute())
         self._handle = -1
 
+    @property
+    def mine(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._handle >= 0
+
     def acquire(self, wait_s: float = 0.0) -> bool:
         """Take the lock, waiting at most `wait_s` seconds; whether it was taken."""
         deadline = time.monotonic() + wait_s
@@ -130,6 +135,40 @@ def create_private(path: Path) -> None:
         raise LedgerError(str(path), "exists already", "open it, or name another file") from None
     except OSError as error:
         raise LedgerError(str(path), f"cannot be made ({error.strerror})", "name a file in a directory that you own") from None
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to make what is there, a link that leads nowhere included.
+
+    Raises:
+        LedgerError: The name is taken.
+    """
+    if os.path.lexists(path):
+        raise LedgerError(str(path), "exists already", "open it, or name another file")
+
+
+def remove_journals(path: Path) -> None:
+    """Remove what SQLite keeps beside a database that is not there: it would be rolled into the next one of the name."""
+    for ending in ("-journal", "-wal", "-shm"):
+        beside_sqlite(path, ending).unlink(missing_ok=True)
+
+
+def remove_database(path: Path) -> None:
+    """Remove a database and its journals, if they are there."""
+    path.unlink(missing_ok=True)
+    remove_journals(path)
+
+
+def give_name(new: Path, path: Path) -> None:
+    """Move a finished file to its own name, durably, under the lock that all who make it hold.
+
+    Raises:
+        LedgerError: The name is taken.
+    """
+    refuse_existing(path)
+    remove_journals(path)
+    os.rename(new, path)
+    sync_directory(path.parent)
 
 
 def check_private(path: Path) -> None:

@@ -228,7 +228,7 @@ def round_support(
         return fixed(step_support(0))
     if local_steps == 1:
         return RoundSupport(step_support(0), step_support)
-    return RoundSupport(union([step_support(step) for step in range(local_steps)]), step_support)
+    return RoundSupport(union(step_support(step) for step in range(local_steps)), step_support)
 
 
 def drawn_live_by_round(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -109,12 +109,15 @@ def from_mask(mask: NDArray[np.bool_], provenance: str = "random") -> Support:
     return Support(np.flatnonzero(mask).astype(np.int64), int(mask.size), provenance)
 
 
-def union(supports: list[Support]) -> Support:
-    """Coordinates that live in any of `supports` (at least one, all of one d)."""
-    mask = supports[0].mask.copy()
-    for other in supports[1:]:
+def union(supports: Iterable[Support]) -> Support:
+    """Coordinates that live in any of `supports` (at least one, all of one d), taken one by one: memory O(d)."""
+    each = iter(supports)
+    first = next(each)
+    mask, provenance = first.mask.copy(), first.provenance
+    for other in each:
         mask[other.indices] = True
-    return from_mask(mask, weakest(*(s.provenance for s in supports)))
+        provenance = weakest(provenance, other.provenance)
+    return from_mask(mask, provenance)
 
 
 def _key_chunks(count: int, bits: np.random.Philox) -> Iterator[tuple[int, NDArray[np.uint32]]]:

@@ -2,7 +2,8 @@
 
 Every figure goes through `_figures`: canonical form, memory, cache, accountant, in that order. So the plan, the run, the
 ledger and a second process get the same float for the same history. An accountant that fails is replaced by a sound one
-(RDP, then RDP at whole orders), never by "nothing spent"; so is one that would take too long or too much memory.
+(RDP, then RDP at whole orders), never by "nothing spent"; so is one that would take too long or too much memory, or whose
+figure would not hold at this delta.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import importlib.metadata
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,7 +23,7 @@ from fed_dpprune.privacy import renyi
 from fed_dpprune.privacy.cache import Figures
 from fed_dpprune.privacy.history import Entry, as_one, merge
 
-REVISION = 2
+REVISION = 3  # 3: prv gives way at a tiny delta
 _log = logging.getLogger(__name__)
 
 
@@ -98,7 +99,7 @@ def compute(history: History, delta: float, accountant: str) -> tuple[float, boo
         return 0.0, True
     for name in dict.fromkeys((accountant, "rdp")):
         if load(history, delta, name) > 1.0:
-            _log.info("accountant %s would take too long for this history; taking a looser one", name)
+            _log.info("accountant %s takes too long, or does not hold, for this history and delta; taking a looser one", name)
             continue
         try:
             figure = _module(name).epsilons([history], delta)[0]
@@ -121,23 +122,38 @@ def _known(history: History, delta: float, accountant: str, cache: Figures) -> t
     """(figures of the history's family in memory, the family, the history's key); the cache is read when needed."""
     family = _family(history, delta, accountant)
     key = ",".join(str(entry.steps) for entry in history)
-    known = _memory.setdefault(family, {})
-    if key not in known:
-        known.update(cache.read(family))
+    known = _memory.get(family, {})
+    if key not in known and (found := cache.read(family)):
+        known = _memory.setdefault(family, known)
+        known.update(found)
     return known, family, key
 
 
-def _figures(histories: Sequence[History], delta: float, accountant: str, cache: Figures | None) -> list[float]:
-    """Epsilon of canonical histories, each computed at most once; one read and one write per family."""
+def _figures(
+    histories: Sequence[History],
+    delta: float,
+    accountant: str,
+    cache: Figures | None,
+    keep: Callable[[float], bool] = lambda figure: True,
+) -> list[float]:
+    """Epsilon of canonical histories, each computed at most once; one read and one write per family.
+
+    What `keep` says no to leaves nothing, neither in memory nor on disk: whoever is refused chose it, as often as he likes.
+    """
     cache = cache or Figures()
     fresh: dict[str, dict[str, float]] = {}
     results = []
     for history in histories:
         known, family, key = _known(history, delta, accountant, cache)
         if key not in known:
-            known[key], by_name = compute(history, delta, accountant)
+            figure, by_name = compute(history, delta, accountant)
+            if not keep(figure):
+                results.append(figure)
+                continue
+            known = _memory.setdefault(family, known)
+            known[key] = figure
             if by_name:
-                fresh.setdefault(family, {})[key] = known[key]
+                fresh.setdefault(family, {})[key] = figure
         results.append(known[key])
     for family, values in fresh.items():
         cache.add(family, values)
@@ -175,13 +191,25 @@ def known(history: Sequence[Entry], delta: float, accountant: str = "pld", cache
 
 
 def epsilons(
-    histories: Sequence[Sequence[Entry]], delta: float, accountant: str = "pld", cache: Figures | None = None
+    histories: Sequence[Sequence[Entry]],
+    delta: float,
+    accountant: str = "pld",
+    cache: Figures | None = None,
+    keep: Callable[[float], bool] = lambda figure: True,
 ) -> list[float]:
-    """`epsilon` of many histories, with one read and one write of the cache per family."""
+    """`epsilon` of many histories, with one read and one write of the cache per family.
+
+    Args:
+        histories: Each as that of `epsilon`.
+        delta: The claim's delta.
+        accountant: A name of `ACCOUNTANTS`.
+        cache: Where figures are kept between processes.
+        keep: Whether a figure that was not known is worth keeping, in memory and on disk.
+    """
     lookup(accountant)
     check_delta(delta)
     canonical = [merge(history) for history in histories]
-    filled = iter(_figures([history for history in canonical if history], delta, accountant, cache))
+    filled = iter(_figures([history for history in canonical if history], delta, accountant, cache, keep))
     return [next(filled) if history else 0.0 for history in canonical]
 
 
