@@ -126,7 +126,7 @@ class Model(Section):
     hidden: Widths = (128,)
     activation: Literal["tanh", "relu"] = "tanh"
     weights: str = ""
-    freeze_layers: Words = ()
+    freeze_layers: Annotated[Words, Field(max_length=1000)] = ()
 
 
 class Federation(Section):
@@ -157,7 +157,7 @@ class Prune(Section):
     scope: Literal["global", "layer"] = "global"
     inactive: Literal["zero", "hold"] = "zero"
     exempt: Words = ("bias", "norm")
-    iterations: Count = 100
+    iterations: Annotated[int, Field(ge=1, le=1000)] = 100
     file: str = ""
 
 
