@@ -22,6 +22,7 @@ from fed_dpprune.errors import ConfigError
 MOST_ROUNDS = 10_000
 
 Value = bool | int | float | str | list[Any]
+WIDEST, DEEPEST = 2**16, 64  # of model.hidden: beyond that a width is a slip, or an attack on who builds the net
 LISTS_AS_TEXT = ","
 
 # Keys that the contract fixes and whose feature lands later: key -> values that work today (None: only the default).
@@ -89,6 +90,8 @@ def _split_ints(value: Any) -> Any:
 def _positive_widths(value: tuple[int, ...]) -> tuple[int, ...]:
     if any(width < 1 for width in value):
         raise ValueError("every width must be at least 1")
+    if max(value, default=0) > WIDEST or len(value) > DEEPEST:
+        raise ValueError(f"at most {DEEPEST} layers, each at most {WIDEST} wide")
     return value
 
 
@@ -123,7 +126,7 @@ class Model(Section):
     hidden: Widths = (128,)
     activation: Literal["tanh", "relu"] = "tanh"
     weights: str = ""
-    freeze_layers: Words = ()
+    freeze_layers: Annotated[Words, Field(max_length=1000)] = ()
 
 
 class Federation(Section):
@@ -154,7 +157,7 @@ class Prune(Section):
     scope: Literal["global", "layer"] = "global"
     inactive: Literal["zero", "hold"] = "zero"
     exempt: Words = ("bias", "norm")
-    iterations: Count = 100
+    iterations: Annotated[int, Field(ge=1, le=1000)] = 100
     file: str = ""
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import tomli_w
 
-from fed_dpprune import __version__, bundles, doctor
-from fed_dpprune.data import node_rows
+from fed_dpprune import __version__, bundles, doctor, places
+from fed_dpprune.data import adult, heart_disease, node_rows
 from fed_dpprune.data import registry as datasets
 from fed_dpprune.dotted import is_path
 from fed_dpprune.errors import BadInput, ConfigError, FedDPPruneError, LedgerError
@@ -225,6 +225,30 @@ def _data(facts: node.NodeConfig) -> Iterator[str]:
         raise BadInput(facts.data, what, "compare shape and classes with `fed-dpprune node init DATA`")
     if not facts.nominal_size / 2 <= mine.size <= 2 * facts.nominal_size:
         yield f"           that is far from nominal-size {facts.nominal_size}: sound, but steps are larger or smaller than meant"
+    why = next(filter(None, map(_why_open, _own_files(facts.data))), "")
+    if why:
+        yield f"           others could change these data: {why}"
+
+
+def _own_files(data: str) -> Iterator[Path]:
+    """The operator's own files and folders behind `data`; none for sets with a published checksum and for code."""
+    if data == "adult":
+        yield from filter(None, [adult.find("data")])
+    elif data == "heart-disease":
+        yield from filter(None, map(heart_disease.find, heart_disease.HOSPITALS))
+    elif data not in datasets.TABLE and not is_path(data):
+        path = Path(data).expanduser()
+        yield path
+        if path.is_dir():
+            yield from (path / "train", *(path / "train").glob("*"), *(path / "train").glob("*/*"))
+
+
+def _why_open(path: Path) -> str:
+    """Why a file or folder could be changed by others; empty where it could not, and for what is no row (a link to nothing)."""
+    try:
+        return places.why_not_alone(path)
+    except OSError:
+        return ""
 
 
 def _ledger(facts: node.NodeConfig) -> Iterator[str]:
@@ -243,11 +267,11 @@ def _ledger(facts: node.NodeConfig) -> Iterator[str]:
     if locks.beside(path, "mark").exists():
         raise LedgerError(str(path), "is missing, and its mark says that there was one", "restore both, or ask who removed it")
     above = next(folder for folder in path.parents if folder.exists())
-    status = above.stat()
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise LedgerError(str(path), f"cannot be made: {above} is not writable", "name a folder that you own")
-    if above == path.parent and status.st_mode & 0o022 and not status.st_mode & 0o1000:
-        raise LedgerError(str(path), f"would lie in {above}, which others can write", f"chmod go-w {above}")
+    why = places.why_not_alone(above, passing=above != path.parent)
+    if why:
+        raise LedgerError(str(path), f"would not be this user's alone: {why}")
     yield f"ledger     {path}: not there yet, the first charge makes it"
 
 

@@ -61,18 +61,19 @@ class NotAlone(PermissionError):
         return str(self.strerror)
 
 
-def why_not_alone(path: str | Path, *, secret: bool = False) -> str:
+def why_not_alone(path: str | Path, *, secret: bool = False, passing: bool = False) -> str:
     """One line that says why a path is not this user's alone; empty when it is.
 
     Args:
         path: A file or folder that exists.
         secret: Whether a file must also be unreadable for others.
+        passing: Whether it is a folder in which another is to be made: then a sticky one will do.
 
     Raises:
         OSError: It does not exist, or cannot be reached.
     """
     try:
-        require_alone(path, secret=secret)
+        _reach(path, secret, read=False, passing=passing)
     except NotAlone as refusal:
         return str(refusal)
     return ""
@@ -131,7 +132,7 @@ def private_folder(path: str | Path) -> Path:
     return folder
 
 
-def _reach(path: str | Path, secret: bool, *, read: bool) -> int:
+def _reach(path: str | Path, secret: bool, *, read: bool, passing: bool = False) -> int:
     """Walk from the root to the path, judging each component; a descriptor of the file where it is to be read, else -1.
 
     A file that is not to be read is not opened: to close it would drop the record locks that this process has on it.
@@ -162,7 +163,7 @@ def _reach(path: str | Path, secret: bool, *, read: bool) -> int:
                 todo += _parts(target)
             elif todo or stat.S_ISDIR(found.st_mode):
                 way.append((place, _held(held, os.open(name, _FOLDER, dir_fd=folder))))
-                _judge(place, os.fstat(way[-1][1]), passing=bool(todo))
+                _judge(place, os.fstat(way[-1][1]), passing=passing or bool(todo))
             elif not stat.S_ISREG(found.st_mode):
                 raise _refusal(place, "is not a regular file", "remove it")
             elif not read:
@@ -171,7 +172,7 @@ def _reach(path: str | Path, secret: bool, *, read: bool) -> int:
             else:
                 return _open(name, folder, place, secret)
         place, folder = way[-1]
-        _judge(place, os.fstat(folder))
+        _judge(place, os.fstat(folder), passing=passing)
         if read:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), place)
         return -1

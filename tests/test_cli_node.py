@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from fed_dpprune import cli, doctor, node_file
 from fed_dpprune.federation import node
@@ -177,7 +178,44 @@ def test_a_ledger_that_is_gone_and_one_in_an_open_place_end_in_2(here, capsys):
     (here / "open").mkdir()
     (here / "open").chmod(0o777)
     code, _, err = with_changes_of(here, capsys, f"{here}/ledger-0/", f"{here}/open/")
-    assert code == 2 and "others can write" in err
+    assert code == 2 and "everybody can write it" in err
+    code, _, err = with_changes_of(here, capsys, f"{here}/open/", f"{here}/open/a/b/")
+    assert code == 2 and "everybody can write it" in err and str(here / "open") in err
+    (here / "open").chmod(0o1777)  # in which a folder of one's own stays one's own
+    assert call(capsys, "check", "node.toml")[0] == 0
+    code, _, err = with_changes_of(here, capsys, f"{here}/open/a/b/", f"{here}/open/")
+    assert code == 2 and "everybody can write it" in err
+
+
+def test_a_ledger_to_be_made_below_a_folder_of_others_ends_in_2(here, capsys):
+    call(capsys, "init", "mine.npz", "-o", "node.toml")
+    (here / "open" / "mine").mkdir(parents=True, mode=0o700)
+    (here / "open").chmod(0o777)  # the parent is this user's alone, and can be renamed by everybody
+    code, _, err = with_changes_of(here, capsys, f"{here}/ledger-0/", f"{here}/open/mine/")
+    assert code == 2 and "everybody can write it" in err
+
+
+def test_data_that_others_can_change_are_a_warning(here, capsys):
+    call(capsys, "init", "mine.npz", "-o", "node.toml")
+    assert "others could change" not in call(capsys, "check", "node.toml")[1]
+    (here / "mine.npz").chmod(0o666)
+    code, out, err = call(capsys, "check", "node.toml")
+    assert (code, err) == (0, "")
+    assert f"others could change these data: {here / 'mine.npz'} has mode 666" in out and "may serve" in out
+
+
+def test_a_picture_that_others_can_change_is_a_warning(here, capsys, monkeypatch):
+    monkeypatch.setenv("FED_DPPRUNE_CACHE", str(here / "cache"))
+    for name in ("cat", "dog"):
+        (here / "set" / "train" / name).mkdir(parents=True)
+        for number in range(5):
+            Image.new("L", (3, 2), number).save(here / "set" / "train" / name / f"{number}.png")
+    call(capsys, "init", "set", "-o", "node.toml")
+    (here / "set" / "train" / "cat" / "none.png").symlink_to("nowhere.png")
+    assert "others could change" not in call(capsys, "check", "node.toml")[1]
+    (here / "set" / "train" / "dog" / "3.png").chmod(0o646)
+    code, out, _ = call(capsys, "check", "node.toml")
+    assert code == 0 and "3.png has mode 646" in out
 
 
 def test_a_check_writes_nothing(here, capsys):

@@ -315,3 +315,21 @@ def test_every_preset_says_its_command_in_its_first_comment(path):
 def test_what_would_understate_epsilon_is_refused_with_the_reason(key, value, reason):
     with pytest.raises(ConfigError, match=reason):
         cfg.build({"privacy.epsilon": 1.0, key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "most", "more"),
+    [("model.freeze-layers", "x," * 1000, "x," * 1001), ("sparsity.prune.iterations", 1000, 1001)],
+    ids=["patterns", "iterations"],
+)
+def test_what_a_config_makes_every_node_repeat_is_bounded(key, most, more):
+    cfg.build({**OK, key: most})
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        cfg.build({**OK, key: more})
+
+
+@pytest.mark.parametrize("hidden", [[99999999999], "99999999999", [2**16 + 1], [1] * 65], ids=str)
+def test_hidden_layers_have_largest_widths_and_a_largest_number(hidden):
+    with pytest.raises(ConfigError, match=r"model\.hidden.*at most 64 layers, each at most 65536 wide"):
+        cfg.build({**OK, "model.hidden": hidden})
+    assert cfg.build({**OK, "model.hidden": [2**16] * 64}).model.hidden == (2**16,) * 64

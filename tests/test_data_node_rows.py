@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import signal
+import struct
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image
+from PIL import Image, ImageFile
 
-from fed_dpprune.data import node_rows
+from fed_dpprune.data import folder, lines, node_rows
 from fed_dpprune.data.node_rows import Declared
 from fed_dpprune.errors import ConfigError, DataError
 
@@ -181,6 +188,99 @@ def images(tmp_path, monkeypatch) -> Path:
 PICTURES = Declared((1, 4, 5), 2, ("cat", "dog"))
 
 
+def padded(path: Path) -> None:
+    """A picture that fits, in a file of a gigabyte (of zeros that take no room)."""
+    Image.new("L", (5, 4)).save(path)
+    os.truncate(path, 2**30)
+
+
+def tiled(path: Path, side: int) -> None:
+    """A TIFF of 5 x 4 grey pixels in one tile of so many rows and columns."""
+    values = {256: 5, 257: 4, 258: 8, 259: 1, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: side * side}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    where = 8 + side * side
+    with open(path, "wb") as file:
+        file.write(b"II*\0" + struct.pack("<I", where))
+        file.seek(where)  # the tile is a hole
+        file.write(struct.pack("<H", len(values)) + entries + struct.pack("<I", 0))
+
+
+@pytest.mark.parametrize(("side", "rows"), [(16, 7), (2**12 + 16, 6)])
+def test_a_picture_in_tiles_far_larger_than_itself_is_absent(images, side, rows, monkeypatch):
+    monkeypatch.setattr(folder, "HEADERS", 2**30)  # packed, such a tile takes a few bytes of a file
+    tiled(images / "train" / "cat" / "9.tif", side)
+    assert node_rows.read(str(images), PICTURES).fitting.size == rows
+
+
+@contextlib.contextmanager
+def in_time(seconds: int = 20) -> Iterator[None]:
+    """Fails where the block waits for ever; the failure is no `Exception`, which a reader may take for a damaged row."""
+
+    def late(*_: Any) -> None:
+        pytest.fail(f"still waiting after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(("mode", "size"), [("L", (3000, 3000)), ("L", (5, 5)), ("RGB", (5, 4)), ("RGB", (4, 1))], ids=str)
+def test_a_picture_of_another_shape_is_not_decoded(images, mode, size, monkeypatch):
+    decoded = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append((image.mode, image.size)) or load(image))
+    Image.new(mode, size).save(images / "train" / "cat" / "9.png")
+    assert node_rows.read(str(images), PICTURES).fitting.size == 6
+    assert set(decoded) == {("L", (5, 4))}
+
+
+def test_a_pipe_in_the_place_of_a_file_is_an_error_and_no_wait(images, tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    with in_time(), pytest.raises(DataError, match="no regular file"):
+        node_rows.read(str(tmp_path / "pipe.npz"), PICTURES)
+    os.mkfifo(images / "train" / "cat" / "pipe.png")
+    with in_time():
+        assert node_rows.describe(str(images)).declared == PICTURES
+
+
+def test_a_pipe_is_no_picture_though_somebody_writes_one_into_it(images):
+    pipe = images / "train" / "cat" / "9.png"
+    os.mkfifo(pipe)
+    held = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        os.write(held, (images / "train" / "cat" / "1.png").read_bytes())
+        with in_time():
+            with pytest.raises(DataError, match="no regular file"):
+                folder._pixels(pipe, (1, 4, 5))
+            assert node_rows.read(str(images), PICTURES).fitting.size == 6
+    finally:
+        os.close(held)
+
+
+def test_a_picture_beyond_the_bound_is_not_decoded_without_a_declaration(images, monkeypatch):
+    monkeypatch.setattr(folder, "LARGEST", 19)
+    with pytest.raises(DataError, match="5 x 4 pixels are more than 19 values"):
+        folder._pixels(images / "train" / "cat" / "1.png")
+    monkeypatch.setattr(folder, "LARGEST", 20)
+    assert folder._pixels(images / "train" / "cat" / "1.png").shape == (4, 5)
+
+
+def test_a_line_takes_bounded_memory_whatever_its_length():
+    file = io.BytesIO(b"a\x0cb\r\n" + b"1" * 2**26 + b"\n \nc" + b"\xff\n" + b"2" * 2 * lines.LONGEST)
+    tracemalloc.start()
+    try:
+        found = list(lines.lines(file))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [line.strip() for line in found] == ["a\x0cb", "?", "c\ufffd", "?"]
+    assert peak < 2**20
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -189,13 +289,20 @@ PICTURES = Declared((1, 4, 5), 2, ("cat", "dog"))
         lambda train: (train / "cat" / "0-broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot"),
         lambda train: (train / "cat" / "0-nowhere.png").symlink_to(train / "gone.png"),
         lambda train: [(train / "aardvark").mkdir(), Image.new("L", (5, 4)).save(train / "aardvark" / "1.png")],
+        lambda train: os.mkfifo(train / "cat" / "0-pipe.png"),
+        lambda train: (train / "cat" / "0-folder.png").mkdir(),
+        lambda train: (train / "cat" / "0-device.png").symlink_to("/dev/zero"),
+        lambda train: Image.new("L", (5, 4)).save(train / "cat" / "0-other-format.png", format="PCX"),
+        lambda train: padded(train / "cat" / "0-padded.png"),
+        lambda train: tiled(train / "cat" / "0-tile.tif", 2**13),
     ],
-    ids=["size", "colour", "broken", "link", "new class"],
+    ids=["size", "colour", "broken", "link", "new class", "pipe", "folder", "device", "format", "padded", "tile"],
 )
 def test_one_image_or_class_that_does_not_fit_changes_nothing_about_the_others(images, spoil):
     before = kept(node_rows.read(str(images), PICTURES))
     spoil(images / "train")
-    assert kept(node_rows.read(str(images), PICTURES)) == before
+    with in_time():
+        assert kept(node_rows.read(str(images), PICTURES)) == before
     assert [label for _, label in before] == [0, 0, 0, 1, 1, 1]
 
 
@@ -207,7 +314,7 @@ def test_a_folder_of_another_shape_or_without_images_has_no_row_that_fits(images
         node_rows.read(str(tmp_path), PICTURES)
 
 
-@pytest.mark.parametrize("line", ["garbage", "?, ?", "39, State-gov", "\xff" * 5, "39" + ", x" * 14])
+@pytest.mark.parametrize("line", ["garbage", "?, ?", "39, State-gov", "\xff" * 5, "39" + ", x" * 14, "9" * 10**7])
 def test_a_line_of_adult_that_does_not_read_is_absent_alone(tmp_path, monkeypatch, line):
     monkeypatch.setenv("FED_DPPRUNE_DATA", str(tmp_path))
     (tmp_path / "adult").mkdir()
@@ -217,8 +324,8 @@ def test_a_line_of_adult_that_does_not_read_is_absent_alone(tmp_path, monkeypatc
     )
     file = tmp_path / "adult" / "adult.data"
     found = []
-    for lines in ([good, good.replace("39", "50")], [good, line, good.replace("39", "50")]):
-        file.write_bytes("\n".join(lines).encode("latin-1"))
+    for content in ([good, good.replace("39", "50")], [good, line, good.replace("39", "50")]):
+        file.write_bytes("\n".join(content).encode("latin-1"))
         found.append(kept(node_rows.read("adult", Declared((88,), 2))))
     assert found[0] == found[1]
     assert len(found[0]) == 2
@@ -231,7 +338,9 @@ def test_a_line_of_heart_disease_that_does_not_read_is_absent_alone(tmp_path, mo
     for name in ("cleveland", "hungarian", "switzerland", "va"):
         (tmp_path / "heart_disease" / f"processed.{name}.data").write_text(good + "\n")
     before = kept(node_rows.read("heart-disease", Declared((31,), 2)))
-    (tmp_path / "heart_disease" / "processed.hungarian.data").write_text(f"nonsense\n{good}\n1,2\n{good[:-1]}?\n")
+    (tmp_path / "heart_disease" / "processed.hungarian.data").write_text(
+        f"nonsense\n{good}\n1,2\n{good[:-1]}?\n{'1,' * 10**6}0\n"
+    )
     assert kept(node_rows.read("heart-disease", Declared((31,), 2))) == before
     assert len(before) == 4
 

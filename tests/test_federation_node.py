@@ -19,9 +19,11 @@ from fed_dpprune import bundles
 from fed_dpprune import config as cfg
 from fed_dpprune.errors import ConfigError, LedgerError
 from fed_dpprune.federation import apps, node
+from fed_dpprune.federation import workbench as workbenches
 from fed_dpprune.federation.inline import InlineGrid
 from fed_dpprune.federation.terms import from_wire
 from fed_dpprune.federation.workbench import workbench
+from fed_dpprune.models import foreign, registry
 from fed_dpprune.privacy.ledger import Ledger
 
 SIMULATED = {"partition-id": 1, "num-partitions": 4}
@@ -347,6 +349,48 @@ def test_torchvisions_own_nets_are_no_code_of_the_nodes(own):
     facts = node.read_node_config({**own, "shape": "32x32x3"})
     conf = cfg.build({**small_run.BASE, "model.name": "torchvision:resnet18"})
     assert node.DeployedNode(facts, conf).spec.name == "torchvision:resnet18"
+
+
+@pytest.mark.parametrize("kind", ["hello", "train"])
+@pytest.mark.parametrize(
+    "run", [{"model.hidden": "12000,12000"}, {"model.hidden": "65536," * 64}, {"model.name": "torchvision:vit_h_14"}], ids=str
+)
+def test_a_net_too_large_for_a_node_is_one_word_before_it_is_built(own, asked, run, kind, monkeypatch, caplog):
+    def built(*_: Any) -> None:
+        raise AssertionError("built")
+
+    for module, name in ((registry, "layout"), (registry, "build"), (foreign, "build"), (apps.nets, "layout")):
+        monkeypatch.setattr(module, name, built)
+    with caplog.at_level(logging.ERROR):
+        found = answer({**own, "shape": "28x28"}, None if kind == "hello" else asked, **run)
+    assert found == {"hello": {"status": "internal-error"}}
+    assert f"no net of more than {node.LARGEST_NET}" in caplog.text
+    assert not Path(own["ledger"]).exists()
+
+
+def test_the_largest_net_of_a_node_is_one_of_exactly_so_many_coordinates(own, monkeypatch):
+    facts = node.read_node_config(own)
+    size = registry.layout(node.DeployedNode(facts, small_run.config()).spec).d
+    monkeypatch.setattr(node, "LARGEST_NET", size)
+    node.DeployedNode(facts, small_run.config())
+    monkeypatch.setattr(node, "LARGEST_NET", size - 1)
+    with pytest.raises(ConfigError, match=f"has {size} coordinates"):
+        node.DeployedNode(facts, small_run.config())
+
+
+def test_a_net_that_is_not_fit_is_proven_once(monkeypatch):
+    calls = []
+
+    def refuse(*_: Any) -> None:
+        calls.append(1)
+        raise ConfigError("model", "mixes the examples of a batch", "leave that out")
+
+    monkeypatch.setattr(workbenches, "_built", refuse)
+    monkeypatch.setattr(workbenches, "_refused", {})
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="mixes the examples"):
+            workbench(cfg.Model(hidden=(3,)), cfg.Engine(), (7,), 2)
+    assert len(calls) == 1
 
 
 def test_a_loader_of_the_operators_own_needs_no_further_word(own, tmp_path, monkeypatch):

@@ -219,3 +219,57 @@ def test_building_a_foreign_net_is_repeatable_and_leaves_torchs_random_state_alo
     one, two = (registry.build(spec("own_nets:small")).state_dict() for _ in range(2))
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- how large a net is, before it is built ---------------------------------------------------------------------------
+
+PUBLISHED = {"resnet50": 25_557_032, "convnext_large": 197_767_336, "regnet_y_128gf": 644_812_894, "swin_t": 28_288_354}
+
+
+def imagenet(name: str, size: int = 224) -> ModelSpec:
+    return ModelSpec(f"torchvision:{name}", (), "tanh", (3, size, size), 1000)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_size_of_a_torchvision_net_is_known_without_its_memory(name, monkeypatch):
+    layout_cache._counts.clear()
+    devices = []
+    finish = foreign._with_channels
+
+    def look(module, channels):
+        devices.extend(p.device.type for p in module.parameters() if p.numel() > 2**16)
+        return finish(module, channels)
+
+    monkeypatch.setattr(foreign, "_with_channels", look)
+    assert registry.coordinates(imagenet(name)) == PUBLISHED[name]
+    assert set(devices) == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:squeezenet1_1", *registry.TABLE])
+def test_the_size_told_beforehand_is_the_layouts(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FED_DPPRUNE_CACHE", str(tmp_path))
+    spec = ModelSpec(name, (5, 6), "tanh", (3, 32, 32), 10)
+    assert registry.coordinates(spec) == registry.layout(spec).d
+
+
+def test_a_users_factory_is_not_called_to_be_measured():
+    assert registry.coordinates(ModelSpec("no_such_module:net", (), "tanh", (3,), 2)) is None
+
+
+def test_a_net_that_does_not_fit_is_found_out_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("FED_DPPRUNE_CACHE", str(tmp_path))
+    spec, calls = imagenet("convnext_tiny", 28), []
+    monkeypatch.setattr(foreign, "_torchvision", lambda spec, make=foreign._torchvision: calls.append(1) or make(spec))
+    texts = []
+    for ask in (registry.coordinates, registry.coordinates, registry.layout, registry.layout):
+        with pytest.raises(ConfigError, match="does not fit") as refusal:
+            ask(spec)
+        texts.append(str(refusal.value))
+    assert len(calls) == 1 and len(set(texts)) == 1
+
+
+def test_a_net_whose_code_asserts_its_input_is_a_misfit_of_one_line():
+    with pytest.raises(ConfigError, match="does not fit"):
+        registry.coordinates(imagenet("vit_b_16", 28))
+    with pytest.raises(ConfigError, match="does not fit"):
+        registry.coordinates(ModelSpec("torchvision:vit_b_16", (), "tanh", (3, 32, 48), 10))

@@ -325,3 +325,8 @@ def test_the_gradient_reaches_max_pooling_with_channels_innermost():
     with Watch():
         pooled.flatten(1).sum().backward()
     assert inside == [True]
+
+
+def test_a_net_beyond_any_machine_is_a_mistake_of_one_line():
+    with pytest.raises(ConfigError, match="has 4299948042 coordinates"):
+        registry.layout(ModelSpec("mlp", (2**16, 2**16), "tanh", (64,), 10))

@@ -14,13 +14,14 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fed_dpprune import config
+from fed_dpprune.data import lines
 from fed_dpprune.data.dataset import Dataset, Examples, Labels
 from fed_dpprune.errors import DataError
 from fed_dpprune.places import data_root
@@ -79,16 +80,26 @@ def labels(data: config.Data, seed: int) -> Labels:
 
 def node_rows() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The people of adult.data for a node, each line read by itself; -1 as the label of a line that does not read."""
-    lines = _rows("data", errors="replace")
-    features = np.zeros((len(lines), FEATURES), dtype=np.float32)
-    found = np.full(len(lines), -1, dtype=np.int64)
-    for place, line in enumerate(lines):
+    features: list[NDArray[np.float32]] = []
+    found: list[int] = []
+    for line in _node_lines(_file("data")):
         try:
             one = _table_examples([[cell.strip() for cell in line.split(",")]], "data")
+            features.append(one.x[0])
+            found.append(int(one.y[0]))
         except Exception:  # whatever a line makes its reader raise, it is one person who is absent
-            continue
-        features[place], found[place] = one.x[0], one.y[0]
-    return features, found
+            features.append(np.zeros(FEATURES, dtype=np.float32))
+            found.append(-1)
+    return np.array(features, dtype=np.float32).reshape(-1, FEATURES), np.array(found, dtype=np.int64)
+
+
+def _node_lines(path: Path) -> Iterator[str]:
+    """The lines of adult.data, packed or not, read one by one."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            yield from (line for line in lines.lines(file) if not line.startswith("|"))
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(str(path), f"cannot be read ({error})") from None
 
 
 def find(part: str) -> Path | None:
@@ -100,14 +111,19 @@ def find(part: str) -> Path | None:
     return None
 
 
-def _rows(part: str, errors: str = "strict") -> list[str]:
-    """Lines with data: adult.test opens with a comment, adult.data ends with an empty line."""
+def _file(part: str) -> Path:
     path = find(part)
     if path is None:
         raise DataError("data.dataset = adult", f"adult.{part} not found", WANTED)
+    return path
+
+
+def _rows(part: str) -> list[str]:
+    """Lines with data: adult.test opens with a comment, adult.data ends with an empty line."""
+    path = _file(part)
     try:
         blob = path.read_bytes()
-        text = (gzip.decompress(blob) if path.suffix == ".gz" else blob).decode("ascii", errors)
+        text = (gzip.decompress(blob) if path.suffix == ".gz" else blob).decode("ascii")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(str(path), f"cannot be read ({error})") from None
     return [line for line in text.splitlines() if line.strip() and not line.startswith("|")]

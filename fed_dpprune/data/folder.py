@@ -1,17 +1,23 @@
 """A folder of images: train/<class>/* and test/<class>/*, all of one size, all grey or all coloured.
 
 Classes are the sorted names of the folders in train/. Unpacked once into the cache; a change of names, sizes or times
-makes a new copy.
+makes a new copy. A file is opened as a picture only where it is a regular file of a bounded size, and decoded only where its
+header names a shape that is wanted: one file cannot make a node wait, or take memory by its own choice.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
+import os
 import re
+import stat
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +27,19 @@ from fed_dpprune.data import cached, npz
 from fed_dpprune.data.dataset import Dataset, Labels
 from fed_dpprune.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 GREY = ("1", "L", "LA", "I", "I;16", "F")
+# Those of SUFFIXES. Pillow goes by the content, and some of its other formats (EPS) start programs.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+HEADERS = 2**24  # bytes of a file beside its pixels: colour profiles, camera data
+LARGEST = 2**28  # values of one picture where no shape is declared
+WIDEST_TILE = 2**12  # a TIFF names the size of its tiles apart from its own
+_TILES = (322, 323)  # TIFF 6.0, TileWidth and TileLength
+_OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # a pipe would make it wait
 
 
 def load(data: config.Data, seed: int) -> Dataset:
@@ -124,14 +140,13 @@ def describe(root: Path) -> tuple[tuple[int, ...], int, tuple[str, ...]]:
     shapes: Counter[tuple[int, ...]] = Counter()
     for path in (root / "train").glob("*/*"):
         if path.suffix.lower() in SUFFIXES:
-            with contextlib.suppress(Exception):  # as in `_fitting`
-                shapes[_pixels(path).shape] += 1
+            with contextlib.suppress(Exception), _picture(path, LARGEST) as image:  # as in `_fitting`
+                shapes[_shape(image)] += 1
     if not shapes:
         raise DataError(str(root), "has no folder train/<class>/ with images that can be read", "see README.md for the form")
-    height, width, *channels = shapes.most_common(1)[0][0]
     numbered = all(_NUMBER.fullmatch(name) for name in names)
     classes = 1 + max(map(int, names)) if numbered else len(names)
-    return (*(channels or [1]), height, width), classes, () if numbered else tuple(names)
+    return shapes.most_common(1)[0][0], classes, () if numbered else tuple(names)
 
 
 def _fitting(files: list[Path], shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
@@ -143,7 +158,7 @@ def _fitting(files: list[Path], shape: tuple[int, ...], names: tuple[str, ...]) 
         folder = path.parent.name
         label = code.get(folder, -1) if names else int(folder) if _NUMBER.fullmatch(folder) else -1
         try:
-            image = _pixels(path)
+            image = _pixels(path, shape)
         except Exception:  # whatever a damaged file makes its decoder raise, it is one image that is absent
             continue
         image = image if image.ndim == 3 else image[:, :, None]
@@ -154,12 +169,49 @@ def _fitting(files: list[Path], shape: tuple[int, ...], names: tuple[str, ...]) 
     return {"x_train": np.stack(images) if images else empty, "y_train": np.array(labels, dtype=np.int64)}
 
 
-def _pixels(path: Path) -> NDArray[np.uint8]:
-    """Shape (H, W) where the file is grey, else (H, W, 3)."""
+def _pixels(path: Path, shape: tuple[int, ...] | None = None) -> NDArray[np.uint8]:
+    """Shape (H, W) where the file is grey, else (H, W, 3).
+
+    Args:
+        path: The file.
+        shape: The one it must have, channels first; a picture of another is not decoded. None takes any up to LARGEST.
+
+    Raises:
+        DataError: No regular file, one that is too large, of another shape, or damaged.
+    """
+    with _picture(path, LARGEST if shape is None else math.prod(shape)) as image:
+        if shape is not None and _shape(image) != shape:
+            raise DataError(str(path), f"is a picture of shape {_shape(image)}, not {shape}", "make all images alike")
+        return np.asarray(image.convert("L" if image.mode in GREY else "RGB"))
+
+
+def _shape(image: Image) -> tuple[int, int, int]:
+    """Of a picture whose header was read, channels first."""
+    return (1 if image.mode in GREY else 3, image.height, image.width)
+
+
+@contextlib.contextmanager
+def _picture(path: Path, values: int) -> Iterator[Image]:
+    """A picture of at most so many values, its header read and its pixels not yet.
+
+    Raises:
+        DataError: As `_pixels`; also what decoding inside the block raises.
+    """
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L" if image.mode in GREY else "RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        with open(os.open(path, _OPEN), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is no regular file")
+            if found.st_size > HEADERS + 8 * values:  # no format of ours takes more for a value
+                raise ValueError(f"{found.st_size} bytes are more than a picture of {values} values takes")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound is `values`
+                image = Image.open(file, formats=FORMATS)
+            tiles = getattr(image, "tag_v2", {})
+            if math.prod(_shape(image)) > values or any(tiles.get(tag, 0) > WIDEST_TILE for tag in _TILES):
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {values} values")
+            yield image
+    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise DataError(str(path), f"is not a readable image ({error})") from None

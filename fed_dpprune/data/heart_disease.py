@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fed_dpprune import config
-from fed_dpprune.data import split
+from fed_dpprune.data import lines, split
 from fed_dpprune.data.dataset import Dataset, Examples, Labels, Scale
 from fed_dpprune.errors import DataError
 from fed_dpprune.places import data_root
@@ -71,13 +71,14 @@ def node_rows() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     features: list[list[float]] = []
     labels_: list[int] = []
     for name in HOSPITALS:
-        for line in _lines(_found(name)):
-            try:
-                row = _row(line, Path(name))
-            except DataError:
-                row = [math.nan] * COLUMNS
-            features.append(_features(row))
-            labels_.append(-1 if math.isnan(row[-1]) else int(row[-1] > 0))
+        with open(_found(name), "rb") as file:
+            for line in lines.lines(file):
+                try:
+                    row = _row(line, Path(name))
+                except DataError:
+                    row = [math.nan] * COLUMNS
+                features.append(_features(row))
+                labels_.append(-1 if math.isnan(row[-1]) else int(row[-1] > 0))
     return np.array(features, dtype=np.float32).reshape(-1, FEATURES), np.array(labels_, dtype=np.int64)
 
 

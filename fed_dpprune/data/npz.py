@@ -100,6 +100,8 @@ def _blank(path: Path, key: str) -> NDArray[Any]:
 def _opened(path: Path, key: str) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo]]:
     """The archive and the member of one array; whatever goes wrong inside becomes one clear line."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")  # a pipe would make it wait
         with zipfile.ZipFile(path) as archive:
             if f"{key}.npy" not in archive.namelist():
                 found = ", ".join(sorted(n.removesuffix(".npy") for n in archive.namelist())) or "nothing"

@@ -32,6 +32,7 @@ from fed_dpprune.errors import ConfigError, LedgerError
 from fed_dpprune.federation.guard import LedgerGuard
 from fed_dpprune.federation.local_train import Share
 from fed_dpprune.federation.workbench import Workbench, workbench
+from fed_dpprune.models import registry as nets
 from fed_dpprune.models.spec import TORCHVISION, ModelSpec, from_config
 from fed_dpprune.privacy import policy as policies
 from fed_dpprune.privacy.ledger import Ledger
@@ -53,6 +54,10 @@ KEYS = (*REQUIRED, *OPTIONAL)
 SIMULATION_KEYS = frozenset({"partition-id", "num-partitions"})  # all that Flower's simulation engine sets
 # Keys of a run-config that may name code. What they name runs on a node only if `allow-code` lists exactly that.
 CODE_KEYS = ("model.name",)
+# Coordinates of the largest net that a run-config can make a node build: room for a ResNet-50 or a ConvNeXt-T. Building and
+# proving one takes about 100 bytes a coordinate, 3 GiB at the bound. Code of the operator's own list is not held to it: it
+# is given the declared shape and classes alone, so its size is the operator's choice.
+LARGEST_NET = 2**25
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,8 @@ class DeployedNode:
         config: From the run-config: of it the node takes the net, the method and the claim, never data, engine or policy.
 
     Raises:
-        ConfigError: The run-config names code that the operator did not allow.
+        ConfigError: The run-config names code that the operator did not allow, a net that does not fit the declared shape,
+            or one of more than LARGEST_NET coordinates; nothing has been built then.
     """
 
     word = "own"
@@ -177,6 +183,10 @@ class DeployedNode:
         self.facts, self.config = facts, config
         self.partition, self.nominal_size = facts.partition, facts.nominal_size
         self.guard: Guard = OwnLedger(facts)
+        size = nets.coordinates(self.spec)
+        if size is not None and size > LARGEST_NET:
+            why = f"{config.model.name} has {size} coordinates here, and a node builds no net of more than {LARGEST_NET}"
+            raise ConfigError("model.name and model.hidden", why, "choose a smaller net")
 
     @property
     def spec(self) -> ModelSpec:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fed_dpprune import config as cfg
+from fed_dpprune.errors import ConfigError
 from fed_dpprune.models import registry
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.models.spec import ModelSpec, from_config
@@ -33,9 +34,33 @@ class Workbench:
     gradient: PrivateGradient
 
 
-@lru_cache(maxsize=2)
+REMEMBERED = 256
+_Key = tuple[cfg.Model, cfg.Engine, tuple[int, ...], int]
+_refused: dict[_Key, tuple[str, str, str]] = {}
+
+
 def workbench(model: cfg.Model, engine: cfg.Engine, input_shape: tuple[int, ...], classes: int) -> Workbench:
-    """The process's workbench for this net; built at the first call.
+    """The process's workbench for this net; built at the first call. That a net is refused is remembered as well.
+
+    Raises:
+        ConfigError: The net is not fit for private steps.
+    """
+    key = (model, engine, input_shape, classes)
+    if key in _refused:
+        raise ConfigError(*_refused[key])
+    try:
+        return _built(*key)
+    except ConfigError as error:
+        if error.what.startswith("model"):  # not a kernel that could not be built: that may be tried again
+            _refused[key] = (error.what, error.why, error.fix)
+            while len(_refused) > REMEMBERED:
+                del _refused[next(iter(_refused))]
+        raise
+
+
+@lru_cache(maxsize=2)
+def _built(model: cfg.Model, engine: cfg.Engine, input_shape: tuple[int, ...], classes: int) -> Workbench:
+    """A net with its engine, proven.
 
     One thread: a client is one of many on its machine, and sums must not depend on how many cores it finds.
     """

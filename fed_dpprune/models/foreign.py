@@ -9,10 +9,12 @@ activations by ordinary ones. What cannot be replaced is refused. Imports torch 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fed_dpprune import dotted
 from fed_dpprune.errors import ConfigError
@@ -21,6 +23,7 @@ from fed_dpprune.models.spec import TORCHVISION, ModelSpec
 
 AUXILIARY = ("googlenet", "inception_v3")  # classifiers with side outputs, which are left out
 RANDOM = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "StochasticDepth")
+MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, ZeroDivisionError)  # of a net for its input
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -34,6 +37,34 @@ def build(spec: ModelSpec) -> nn.Module:
     module = private_ready(module, spec.name).float().cpu().eval()
     _try(module, spec)
     return module
+
+
+class _Unfilled(TorchFunctionMode):
+    """Parameters without values: what `torch.empty` makes is on torch's meta device, which has shapes and no memory.
+
+    Not `with torch.device("meta")`: some of torchvision's nets (regnet) compute their widths with small tensors.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        return func(*args, **({**named, "device": "meta"} if func is torch.empty else named))
+
+
+def coordinates(spec: ModelSpec) -> int:
+    """How many parameters a net of torchvision's has for this input; no memory is spent on them, and no product computed.
+
+    What `private_ready` changes keeps the number.
+
+    Raises:
+        ConfigError: No such net, or one that does not fit the input.
+    """
+    with _Unfilled():
+        module = _torchvision(spec)
+    module = module.to("meta").eval()
+    _try(module, spec, "meta")
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def private_ready(module: nn.Module, name: str) -> nn.Module:
@@ -85,8 +116,8 @@ def _torchvision(spec: ModelSpec) -> nn.Module:
         raise ConfigError("model.name", f"torchvision has no classifier {name!r}", "see torchvision.models.list_models()")
     try:
         module: nn.Module = models.get_model(name, weights=None, num_classes=spec.classes, **options)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise _misfit(spec, str(error).splitlines()[0]) from None
+    except MISFITS as error:
+        raise _misfit(spec, _first_line(error)) from None
     return _with_channels(module, spec.input_shape[0])
 
 
@@ -113,16 +144,20 @@ def _user(spec: ModelSpec) -> nn.Module:
     return made
 
 
-def _try(module: nn.Module, spec: ModelSpec) -> None:
+def _try(module: nn.Module, spec: ModelSpec, device: str = "cpu") -> None:
     """One example of zeros must come out as one row of scores."""
     try:
         with torch.no_grad():
-            scores = module(torch.zeros(1, *spec.input_shape))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise _misfit(spec, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
+            scores = module(torch.zeros(1, *spec.input_shape, device=device))
+    except MISFITS as error:
+        raise _misfit(spec, _first_line(error)) from None
     shape = tuple(getattr(scores, "shape", ()))
     if shape != (1, spec.classes):
         raise _misfit(spec, f"one example gives {shape}, not (1, {spec.classes})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _misfit(spec: ModelSpec, why: str) -> ConfigError:

@@ -31,6 +31,7 @@ TABLE: dict[str, str] = {
     "resnet20": "resnet20",
     "wrn16-4": "wrn16_4",
 }
+MOST = 2**31  # coordinates, 8 GiB of float32: beyond that a vector is no plan, but a slip in a width
 
 
 def _net(spec: ModelSpec) -> layers.Net:
@@ -63,6 +64,27 @@ def _foreign_parts(spec: ModelSpec) -> tuple[tuple[Tensor, ...], Work | None]:
         return foreign.tensors(module), foreign.work(module, spec.input_shape)
 
     return layout_cache.parts(spec, make) if spec.name.startswith(TORCHVISION) else make()
+
+
+def coordinates(spec: ModelSpec) -> int | None:
+    """How many coordinates the net has, before any memory is spent on it; None for a user's own factory, which is not called.
+
+    By arithmetic for the nets of TABLE, by shapes alone for torchvision's.
+
+    Raises:
+        ConfigError: Unknown net, or one that does not fit the input.
+    """
+    if not _is_foreign(spec.name):
+        return sum(tensor.size for tensor in _tensors(spec))
+    if not spec.name.startswith(TORCHVISION):
+        return None
+
+    def count() -> int:
+        from fed_dpprune.models import foreign
+
+        return foreign.coordinates(spec)
+
+    return layout_cache.counted(spec, count)
 
 
 def _foreign(spec: ModelSpec) -> nn.Module:
@@ -112,13 +134,21 @@ def freeze(tensors: tuple[Tensor, ...], patterns: tuple[str, ...]) -> tuple[Tens
     return frozen
 
 
+def _layout(spec: ModelSpec, tensors: tuple[Tensor, ...]) -> Layout:
+    found = Layout(freeze(tensors, spec.freeze_layers))
+    if found.d > MOST:
+        raise ConfigError("model.name and model.hidden", f"{spec.name} has {found.d} coordinates", f"at most {MOST} are taken")
+    return found
+
+
 def layout(spec: ModelSpec) -> Layout:
     """Names, shapes and order of the net's parameters.
 
     Raises:
-        ConfigError: Unknown net, a net that does not fit the input, or a freeze pattern that matches nothing.
+        ConfigError: Unknown net, a net that does not fit the input, one of more than MOST coordinates, or a freeze pattern
+            that matches nothing.
     """
-    return Layout(freeze(_tensors(spec), spec.freeze_layers))
+    return _layout(spec, _tensors(spec))
 
 
 def described(spec: ModelSpec) -> tuple[Layout, Work | None]:
@@ -129,7 +159,7 @@ def described(spec: ModelSpec) -> tuple[Layout, Work | None]:
     """
     if _is_foreign(spec.name):
         tensors, work = _foreign_parts(spec)
-        return Layout(freeze(tensors, spec.freeze_layers)), work
+        return _layout(spec, tensors), work
     return layout(spec), layers.work(_net(spec), spec.input_shape)
 
 
