@@ -8,7 +8,7 @@ trusted with several examples at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,20 +58,65 @@ KNOWN_CODE = ("torch.nn.", "torchvision.models.", "torchvision.ops.", "fed_dppru
 _BY_INDEX = frozenset(("index", "index_put", "_index_put_impl", "_unsafe_index", "_unsafe_index_put"))
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside the `with`, notes the operations that are not known to go row by row."""
+# These go along a dimension and keep its length: which one must be said, and not be that of the examples.
+_ALONG_NAMES = """
+_log_softmax _log_softmax_backward_data _safe_softmax _softmax _softmax_backward_data cumsum flip gather index_select roll scatter
+scatter_add
+"""
+_ALONG = frozenset(_ALONG_NAMES.split())
+_SIZES = (13, 17, 23, 29)  # of made-up batches; one of them is no other dimension of a net
 
-    def __init__(self) -> None:
+
+def joins_rows(name: str, args: Sequence[Any], output: Any, n: int) -> bool:
+    """Whether an operation on a batch of n examples may join them, where n is no other dimension's size.
+
+    Allowed is what has the examples in the first dimension of every operand and of its (first) result and goes along no
+    first dimension. A reduction over the batch loses it, a transposition moves it, a reshape across it changes it.
+    """
+    operands = [t for t in _flat(args) if n in t.shape]
+    if not operands:
+        return False
+    results = list(_flat(output if isinstance(output, list) else [output[0] if isinstance(output, tuple) else output]))
+    if not all(t.shape[:1] == (n,) and n not in t.shape[1:] for t in (*operands, *results)):
+        return True
+    if name in _ALONG:
+        dims = [d for a in args[1:] for d in (a if isinstance(a, (list, tuple)) else [a]) if type(d) is int]
+        return not dims or any(d in (0, -operands[0].ndim) for d in dims)
+    if name in _BY_INDEX:
+        return n in args[0].shape and args[1][0] is not None
+    if name in ("mm", "addmm", "matmul", "linear"):
+        return len(operands) != (2 if name == "addmm" and n in args[0].shape else 1)
+    return name == "as_strided" or (name == "native_layer_norm" and len(args[1]) == args[0].ndim)
+
+
+def _flat(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _flat(part)
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside the `with`, notes the operations that are not known to go row by row, or that join the rows of the batch."""
+
+    def __init__(self, examples: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.others: set[str] = set()
+        self._examples = examples  # of the batch, to look for operations that join them; 0: not asked
 
     def note(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Note the operation and run it."""
         space, _, name = str(getattr(func, "_schema", func)).partition("(")[0].partition(".")[0].partition("::")
-        known = space == "aten" and (name.rstrip("_") in ROW_BY_ROW or (name.rstrip("_") in _BY_INDEX and _whole_numbers(args)))
-        if not known:
+        base = name.rstrip("_")
+        known = space == "aten" and (base in ROW_BY_ROW or (base in _BY_INDEX and _whole_numbers(args)))
+        output = func(*args, **(kwargs or {}))
+        if not known or (self._examples and joins_rows(base, [*args, *(kwargs or {}).values()], output, self._examples)):
             self.others.add(f"{space}::{name}")
-        return func(*args, **(kwargs or {}))
+        return output
 
 
 # Set here, not in the class: there torch would wrap it for its compiler, whose import costs every client seconds.
@@ -83,11 +128,55 @@ def _whole_numbers(args: Sequence[Any]) -> bool:
     return all(i is None or (isinstance(i, Tensor) and i.dtype in (torch.int64, torch.int32)) for i in indices)
 
 
-def looks_at_no_value(module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> bool:
-    """Whether the code of a module and of its loss needs shapes and types alone: torch's, torchvision's and ours, or by trial."""
-    if not getattr(loss, "__module__", "").startswith(KNOWN_CODE) or not all(map(_known, module.modules())):
-        return shapes_follow_from_shapes(lambda a, b: loss(module(a), b), x, y)
-    return True
+def row_by_row(module: nn.Module, loss: Loss, make: Callable[[int], tuple[Tensor, Tensor]]) -> bool:
+    """Whether several examples may go through a module and its loss at once, forwards and backwards.
+
+    Code of torch, torchvision and this project keeps examples apart; of it only the operations are asked for. Anybody else's
+    has to keep the examples in the first dimension from end to end, and to run on tensors that have no values.
+
+    Args:
+        module: In a state in which all parameters ask for gradients.
+        loss: Per-example losses.
+        make: Made-up examples and labels, as many as are asked for.
+    """
+    if getattr(loss, "__module__", "").startswith(KNOWN_CODE) and all(map(_known, module.modules())):
+        return not _recorded(module, loss, *make(4), examples=0)
+    apart = any(not _recorded(module, loss, *make(n), examples=n) for n in _SIZES)
+    return apart and shapes_follow_from_shapes(lambda a, b: _both_ways(module, loss, a, b), *make(4))
+
+
+def _recorded(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, examples: int) -> set[str]:
+    with Recorder(examples) as recorder:
+        _both_ways(module, loss, x, y)
+    others: set[str] = recorder.others
+    return others
+
+
+def _both_ways(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> None:
+    """Forward, and backward to what depends on the examples; no gradient of a parameter, which would be one sum over them."""
+    roots: list[Tensor] = []
+
+    def root(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+        roots.append(output.detach().requires_grad_())
+        return roots[-1]
+
+    asked = [p for p in module.parameters() if p.requires_grad]
+    taken = [layer.register_forward_hook(root) for layer in module.modules() if isinstance(layer, nn.Embedding)]
+    try:
+        for p in asked:
+            p.requires_grad_(False)
+        if x.is_floating_point():
+            x = x.detach().requires_grad_()
+            roots.append(x)
+        with torch.enable_grad():
+            losses = loss(module(x), y)
+            if losses.requires_grad:
+                torch.autograd.grad(losses, roots, torch.ones_like(losses), allow_unused=True)
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+        for handle in taken:
+            handle.remove()
 
 
 def _known(layer: nn.Module) -> bool:

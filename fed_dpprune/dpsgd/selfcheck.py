@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fed_dpprune.dpsgd.clipping import Clipping
 from fed_dpprune.dpsgd.grad_sample.contribution import Contribution
 from fed_dpprune.dpsgd.live import LiveTensor, live_tensors
-from fed_dpprune.dpsgd.operations import Recorder, looks_at_no_value
+from fed_dpprune.dpsgd.operations import row_by_row
 from fed_dpprune.dpsgd.reference import Loss
 from fed_dpprune.dpsgd.sums import clipped_sum
 from fed_dpprune.errors import ConfigError
@@ -90,20 +90,13 @@ def check_forward(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> tuple[
                 _refuse_mixing(together, alone, outputs, output, place)
                 if not _close(losses[own], loss(output, made_y[own])):
                     raise ConfigError("loss", "mixes the examples of a batch", FIX)
-            return sum(value.numel() for _, value in alone), _row_by_row(module, loss, made_x, made_y)
+            return sum(value.numel() for _, value in alone), row_by_row(
+                module, loss, lambda n: (made_up(x, n, seed=1), made_up_labels(y, n))
+            )
     except ConfigError:
         raise
     except Exception as error:
         raise failed(error) from error
-
-
-def _row_by_row(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> bool:
-    with torch.enable_grad(), Recorder() as recorder:
-        asked = [p for p in module.parameters() if p.requires_grad]
-        losses = loss(module(x), y)
-        if losses.requires_grad:
-            torch.autograd.grad(losses.sum(), asked, allow_unused=True)
-    return not recorder.others and looks_at_no_value(module, loss, x, y)
 
 
 def failed(error: Exception) -> ConfigError:
@@ -112,20 +105,17 @@ def failed(error: Exception) -> ConfigError:
     return ConfigError("model", f"fails on a made-up batch ({type(error).__name__}: {line})", "run a training step of it alone")
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in (*module.named_buffers(), *module.named_parameters())}
+def _tensors(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensor each buffer and parameter is, and how often it was written to: a write of the same value counts."""
+    return {name: (id(value), value._version) for name, value in (*module.named_buffers(), *module.named_parameters())}
 
 
-def _refuse_traces(module: nn.Module, before: dict[str, Tensor]) -> None:
-    after = dict((*module.named_buffers(), *module.named_parameters()))
-    changed = [name for name, value in after.items() if name not in before or not _equal(before[name], value.detach())]
+def _refuse_traces(module: nn.Module, before: dict[str, tuple[int, int]]) -> None:
+    after = _tensors(module)
+    changed = [name for name, state in after.items() if before.get(name) != state]
     if changed or len(after) != len(before):
         name = changed[0] if changed else "a buffer"
         raise ConfigError("model", f"{name} changes in the forward pass, so it would keep traces of the batch", "leave that out")
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
 
 
 def random_state() -> tuple[object, ...]:
