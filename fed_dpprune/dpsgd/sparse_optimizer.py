@@ -80,6 +80,7 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         self._mode, self._sample_rate, self._charge = mode, sample_rate, charge
         self._sum: NDArray[np.float64] | None = None
         self._terms: Terms | None = None
+        self._written: dict[int, tuple[Tensor, int]] = {}
         self.check()
         self._read()
 
@@ -152,6 +153,18 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         for parameter, (tensor, span) in zip(self.module._module.parameters(), spans, strict=True):
             part = torch.from_numpy(flat[span]).view(parameter.shape)
             parameter.grad = None if tensor.frozen else part.to(parameter)
+            if parameter.grad is not None:
+                self._written[id(parameter)] = (parameter.grad, parameter.grad._version)
+
+    def _refuse_other_gradients(self) -> None:
+        """A backward pass beside the private one (a regulariser's) would be overwritten without a word."""
+        for name, parameter in self.module._module.named_parameters():
+            there = parameter.grad
+            written, version = self._written.get(id(parameter), (None, 0))
+            if there is None or (there is written and there._version == version) or not there.any():
+                continue
+            why = "has a gradient that is not of the private backward pass, and would be lost"
+            raise ConfigError(f"parameter {name}", why, "call zero_grad() before it, and put all terms into the one loss")
 
     def scale_grad(self) -> None:
         """Part of Opacus' interface; `add_noise` has divided by the declared batch size already."""
@@ -170,6 +183,7 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         """Clip and accumulate; on the last physical batch charge, then noise. False when the step is skipped."""
         self.module.check()
         self.check()
+        self._refuse_other_gradients()
         self.clip_and_accumulate()
         if self._check_skip_next_step():
             self._is_last_step_skipped = True
