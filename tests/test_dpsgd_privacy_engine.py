@@ -24,7 +24,10 @@ from fed_dpprune.errors import ConfigError
 from fed_dpprune.sparsity.support import Support
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore")  # opacus and torch warn about their own plans
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("made_up_batches"),
+]  # opacus and torch warn about their own plans
 
 
 def pieces(n: int = 60, batch: int = 20, optimizer=torch.optim.SGD, **settings):
@@ -615,8 +618,14 @@ def test_gradient_scaling_is_refused_and_closures_run_once():
 def test_several_backward_passes_for_a_step_are_refused():
     _, module, optimizer, _ = private()
     x, y = batch()
-    for _ in range(2):
-        nn.functional.cross_entropy(module(x), y).backward()
+    nn.functional.cross_entropy(module(x), y).backward()
+    for again in (x, x[:0]):
+        with pytest.raises(ConfigError, match="several forward passes"):
+            module(again)
+    kept = module._open[:]
+    module.drop()
+    module(x)
+    module._open += kept
     with pytest.raises(ConfigError, match="several forward passes"):
         optimizer.step()
 

@@ -178,6 +178,8 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
         check_criterion(criterion, loss_reduction)
         own_criterion = OwnCriterion(criterion or nn.CrossEntropyLoss(reduction=loss_reduction))
         loader = self._loader(data_loader)
+        if loader.batches.new_pass is not None:  # another model's steps use up its batches
+            loader = PoissonLoader(loader)
         declared = list(criterion.buffers()) if isinstance(criterion, nn.Module) else []
         every = {"run": 0, "epoch": len(loader), "step": 1}[refresh]
         wrapped = SparseModule(module, SupportPlan(layout_of(module), sparsity, every, support_seed), backend, declared)
@@ -186,6 +188,7 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
             wrapped,
             mode=CLIPPING[clipping],
             sample_rate=lambda: loader.sample_rate,
+            batches=loader.batches,
             charge=self._charge,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,

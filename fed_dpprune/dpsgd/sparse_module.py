@@ -23,6 +23,7 @@ from fed_dpprune.models.flat import Tensor as FlatTensor
 from fed_dpprune.sparsity.support import Support, frozen_count, random_subset
 
 if TYPE_CHECKING:
+    from fed_dpprune.dpsgd.poisson_loader import Ticket
     from fed_dpprune.dpsgd.sparse_optimizer import SparseOptimizer, Terms
 
 AGAIN = "call make_private again after such a change"
@@ -133,7 +134,10 @@ class SparseModule(nn.Module):
         self._check_example(args[0])
         self.check()
         self.optimizer.check()
-        passed = _Forward(self, args[0])
+        if self._open:
+            why = "several forward passes for one step, or one without a backward pass and step"
+            raise ConfigError("model", why, "step, or call zero_grad(), before the next; use eval() or no_grad() beside it")
+        passed = _Forward(self, args[0], self.optimizer.batches.admit(len(args[0])))
         self._open.append(passed)
         return passed.tape.root()
 
@@ -165,7 +169,7 @@ class SparseModule(nn.Module):
         """Clipped sum of the backward pass since the last call, shape (k,), and the terms it was made under; None without.
 
         Raises:
-            ConfigError: A forward pass without a backward pass, or several.
+            ConfigError: A forward pass without a backward pass, or several, or of another batch than the one drawn last.
         """
         if len(self._open) > 1:
             raise ConfigError("optimizer.step()", "several forward passes since the last step", "use Opacus' BatchMemoryManager")
@@ -175,6 +179,8 @@ class SparseModule(nn.Module):
         if passed.found is None:
             raise ConfigError("optimizer.step()", "a training-mode forward has no backward", "use model.eval() or no_grad")
         self._open.clear()
+        assert self.optimizer is not None
+        self.optimizer.batches.spend(passed.ticket, passed.rows)
         return passed.found
 
     def drop(self) -> None:
@@ -219,7 +225,8 @@ def _against_output_gradient(outputs: Tensor, gradient: Tensor) -> Tensor:
 class _Forward:
     """One forward pass in training mode, and the clipped sum that its backward pass leaves in `found`."""
 
-    def __init__(self, owner: SparseModule, x: Tensor) -> None:
+    def __init__(self, owner: SparseModule, x: Tensor, ticket: Ticket) -> None:
+        self.ticket, self.rows = ticket, len(x)
         self._owner, self._support, self._step = owner, owner.support, owner.steps
         x = x.detach()
         made_up = owner.example_output(x)

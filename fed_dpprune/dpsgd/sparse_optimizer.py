@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fed_dpprune.dpsgd.clipping import Clipping
 from fed_dpprune.dpsgd.noise import OS_ENTROPY, SEEDED, OsNoise
+from fed_dpprune.dpsgd.poisson_loader import DrawnBatches
 from fed_dpprune.dpsgd.sparse_module import AGAIN, SparseModule
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.sparsity.support import Support
@@ -61,6 +62,7 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         module: Its model.
         mode: Clipping mode of `Clipping`.
         sample_rate: Gives the rate of the batches in use.
+        batches: The drawn Poisson batches: a step is of one of them.
         charge: Is told the terms of a step before its noise is drawn.
         settings: As of DPOptimizer.
     """
@@ -72,11 +74,13 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         *,
         mode: str,
         sample_rate: Callable[[], float],
+        batches: DrawnBatches,
         charge: Callable[[Terms], None],
         **settings: Any,
     ) -> None:
         super().__init__(optimizer, **settings)
-        self.module = module
+        self.module, self.batches = module, batches
+        batches.new_pass = self._new_pass
         self._mode, self._sample_rate, self._charge = mode, sample_rate, charge
         self._sum: NDArray[np.float64] | None = None
         self._terms: Terms | None = None
@@ -179,6 +183,13 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
     def _forget(self) -> None:
         self._sum = self._terms = None
 
+    def _new_pass(self) -> None:
+        """What a pass over the loader left unfinished when a new one begins belongs to no step."""
+        self.module.drop()
+        self._forget()
+        self._step_skip_queue.clear()
+        self._is_last_step_skipped = False
+
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Clip and accumulate; on the last physical batch charge, then noise. False when the step is skipped."""
         self.module.check()
@@ -190,9 +201,12 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
             return False
         terms = self._terms
         assert terms is not None
-        self._charge(terms)
-        self.add_noise()
-        self._forget()
+        self.batches.close()
+        try:
+            self._charge(terms)
+            self.add_noise()
+        finally:  # a sum that fails here must not wait for the next batch's step
+            self._forget()
         if self.step_hook:
             self.step_hook(self)
         self._is_last_step_skipped = False
