@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fed_dpprune.dpsgd.privacy_engine import SparsePrivacyEngine
 from fed_dpprune.errors import ConfigError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("made_up_batches")]
 CLASSES = 3
 WEIGHT = torch.tensor([1.0, 5.0, 2.0])
 DECLARED = nn.BCEWithLogitsLoss(pos_weight=WEIGHT)

@@ -1,6 +1,7 @@
 """The drop-in engine: an Opacus script runs unchanged but for the import and one argument, and what differs is better."""
 
 import copy
+import io
 import pickle
 import runpy
 import warnings
@@ -23,7 +24,10 @@ from fed_dpprune.errors import ConfigError
 from fed_dpprune.sparsity.support import Support
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore")  # opacus and torch warn about their own plans
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("made_up_batches"),
+]  # opacus and torch warn about their own plans
 
 
 def pieces(n: int = 60, batch: int = 20, optimizer=torch.optim.SGD, **settings):
@@ -614,8 +618,14 @@ def test_gradient_scaling_is_refused_and_closures_run_once():
 def test_several_backward_passes_for_a_step_are_refused():
     _, module, optimizer, _ = private()
     x, y = batch()
-    for _ in range(2):
-        nn.functional.cross_entropy(module(x), y).backward()
+    nn.functional.cross_entropy(module(x), y).backward()
+    for again in (x, x[:0]):
+        with pytest.raises(ConfigError, match="several forward passes"):
+            module(again)
+    kept = module._open[:]
+    module.drop()
+    module(x)
+    module._open += kept
     with pytest.raises(ConfigError, match="several forward passes"):
         optimizer.step()
 
@@ -721,3 +731,94 @@ def test_noise_that_leaves_the_range_of_float32_saturates():
     nn.functional.cross_entropy(module(batch()[0]), batch()[1]).backward()
     optimizer.pre_step()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+# --- what changes between two steps -------------------------------------------------------------------------------------
+
+
+class Switch(nn.Module):
+    """Mixes the examples once an attribute of any kind says so."""
+
+    def __init__(self, attribute, on) -> None:
+        super().__init__()
+        self.attribute, self.on, self.linear = attribute, on, nn.Linear(36, 3)
+        self.register_buffer("flag", torch.tensor(False))
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.linear(x - x.mean(0) if self.on(self) else x)
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.value = False
+        self.stop = lambda: None  # cannot be pickled
+
+
+SWITCHES = {
+    "dict": (lambda: {"on": False}, lambda s: s.attribute["on"], lambda s: s.attribute.update(on=True)),
+    "list": (lambda: [[False]], lambda s: s.attribute[0][0], lambda s: s.attribute[0].__setitem__(0, True)),
+    "tensor": (lambda: torch.zeros(2), lambda s: bool(s.attribute.any()), lambda s: s.attribute.fill_(1)),
+    "array": (lambda: np.zeros(2), lambda s: bool(s.attribute.any()), lambda s: s.attribute.fill(1)),
+    "object": (Settings, lambda s: s.attribute.value, lambda s: setattr(s.attribute, "value", True)),
+    "buffer": (lambda: None, lambda s: bool(s.flag), lambda s: s.flag.fill_(True)),
+}
+
+
+@pytest.mark.parametrize("kind", SWITCHES)
+def test_an_attribute_of_any_kind_that_changes_is_proven_anew(kind):
+    made, on, turn = SWITCHES[kind]
+    module = Switch(made(), on)
+    engine, wrapped, optimizer, _ = private(module)
+    one_step(wrapped, optimizer, *batch())
+    optimizer.zero_grad()
+    proven = wrapped.gradient
+    one_step(wrapped, optimizer, *batch())
+    assert wrapped.gradient is proven
+    turn(module)
+    with pytest.raises(ConfigError, match="mixes the examples"):
+        wrapped(batch()[0])
+    assert engine.accountant.history[0][2] == 2
+
+
+def test_examples_of_another_length_or_type_are_refused():
+    words = torch.randint(1, 10, (60, 5))
+    loader = DataLoader(TensorDataset(words, torch.zeros(60, dtype=torch.int64)), batch_size=20)
+    _, module, optimizer, _ = private(Words(), loader)
+    one_step(module, optimizer, words[:4], torch.zeros(4, dtype=torch.int64))
+    for other in (nn.functional.pad(words[:4], (0, 9)), words[:4].int(), words[:0, :3]):
+        with pytest.raises(ConfigError, match="pad to a fixed length"):
+            module(other)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_checkpoint_gives_no_spent_epsilon_back(tmp_path, in_memory):
+    engine, module, optimizer, _ = private()
+    one_step(module, optimizer, *batch())
+    path = io.BytesIO() if in_memory else tmp_path / "c.pt"
+    engine.save_checkpoint(path=path, module=module, optimizer=optimizer)
+    if in_memory:
+        path.seek(0)
+    one_step(module, optimizer, *batch())
+    before, spent = flat(module), engine.get_epsilon(1e-3)
+    with pytest.raises(ConfigError, match="lacks steps"):
+        engine.load_checkpoint(path=path, module=module, optimizer=optimizer)
+    assert engine.get_epsilon(1e-3) == spent and np.array_equal(flat(module), before)
+    later, fresh, private_later, _ = private()
+    later.load_checkpoint(path=path, module=fresh, optimizer=private_later)
+    assert later.accountant.history == [(1.0, 1 / 3, 1)]
+
+
+def test_gradients_of_another_backward_pass_are_refused_not_lost():
+    _, module, optimizer, _ = private()
+    for again in range(2):  # with no gradient before, and on top of the last step's
+        if again:
+            optimizer.zero_grad()
+            one_step(module, optimizer, *batch())
+        optimizer.module.drop()
+        nn.functional.cross_entropy(module(batch()[0]), batch()[1]).backward()
+        sum(p.square().sum() for p in module.parameters()).backward()
+        before = flat(module)
+        with pytest.raises(ConfigError, match="not of the private backward pass"):
+            optimizer.step()
+        assert np.array_equal(flat(module), before)

@@ -1,12 +1,15 @@
 """PoissonLoader: a DataLoader of the script, with Poisson batches on coins of the operating system instead of its own.
 
 The sample rate is 1 / len(loader), as in Opacus. Everything else of the loader is kept: workers, collate function, pinning.
-What picks rows in another way than shuffling or reading all of them is refused, for no accountant covers it.
+What picks rows in another way than shuffling or reading all of them is refused, for no accountant covers it. Each drawn batch
+is a ticket for one step and for no more rows than it has: see `DrawnBatches`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +23,135 @@ KEPT = (
     "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator", "prefetch_factor",
     "persistent_workers", "pin_memory_device", "in_order",
 )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A drawn Poisson batch: good for one step, of its rows at most.
+
+    Attributes:
+        left: Rows of it that no step's sum holds yet.
+        closed: Whether its step was taken, or its turn is over.
+    """
+
+    left: int
+    closed: bool = False
+
+
+class DrawnBatches(PoissonBatches):
+    """Poisson batches that remember what was drawn, so that a step can be tied to one of them.
+
+    A ticket is made where a batch is drawn, which is the main process, whatever workers collate it, and becomes the current one
+    when the batch is handed to the script. Of a loader with workers that Opacus' BatchMemoryManager made of this one, only the
+    draws are seen, and they run ahead: their tickets are used in the order in which they were drawn.
+
+    Args:
+        count: How many rows there are.
+        rate: The sample rate that is charged.
+        steps: How many batches one pass has.
+        ahead: Whether workers draw batches ahead of their use.
+    """
+
+    def __init__(self, count: int, rate: float, steps: int, ahead: bool) -> None:
+        super().__init__(count, rate, steps)
+        self.new_pass: Callable[[], None] | None = None  # what forgets the sums and signals of the last pass
+        self._ahead, self._by_loader = ahead, False
+        self._passes = 0
+        self._waiting: deque[Ticket] = deque()
+        self._current: Ticket | None = None
+        self._summed: Ticket | None = None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """A new pass: tickets, sums and signals of the last one are gone.
+
+        Raises:
+            ConfigError: From a pass that went on after a later one had begun.
+        """
+        self._passes += 1
+        self._by_loader = False
+        self.forget()
+        if self.new_pass is not None:
+            self.new_pass()
+        return self._pass(self._passes)
+
+    def _pass(self, number: int) -> Iterator[list[int]]:
+        for rows in super().__iter__():
+            if number != self._passes:
+                raise ConfigError("data_loader", "two passes over it run at once", "finish one, or make another loader")
+            self._waiting.append(Ticket(len(rows)))
+            if not (self._by_loader or self._ahead):
+                self.hand()
+            yield rows
+
+    def forget(self) -> None:
+        """Void all tickets."""
+        self._waiting.clear()
+        self._current = self._summed = None
+
+    def by_loader(self) -> None:
+        """The pass begun last belongs to a loader that calls `hand` for each of its batches."""
+        self._by_loader = True
+
+    def hand(self) -> None:
+        """The next drawn batch is the script's; what was not used of the last one is void."""
+        self._current = self._waiting.popleft() if self._waiting else None
+
+    def admit(self, rows: int) -> Ticket:
+        """The ticket under which this many rows may go through the model.
+
+        Raises:
+            ConfigError: No batch was drawn for them, or one of fewer rows, or the sum of another batch waits for its step.
+        """
+        over = self._current is None or self._current.closed
+        if over and self._ahead and not self._by_loader:
+            self.hand()
+        ticket = self._current
+        if ticket is None or ticket.closed:
+            fix = "draw one for each step from the loader that make_private returned; use eval() or no_grad() for the rest"
+            raise ConfigError("model input", "no Poisson batch was drawn for this training step", fix)
+        self._check(ticket, rows)
+        return ticket
+
+    def spend(self, ticket: Ticket, rows: int) -> None:
+        """Count rows whose clipped sum is taken.
+
+        Raises:
+            ConfigError: As `admit`, or the ticket is not the current one any more.
+        """
+        if ticket is not self._current or ticket.closed:
+            raise ConfigError("optimizer.step()", "comes after the next batch was drawn", "step on a batch before the next")
+        self._check(ticket, rows)
+        ticket.left -= rows
+        self._summed = ticket
+
+    def _check(self, ticket: Ticket, rows: int) -> None:
+        if self._summed not in (None, ticket):
+            why = "the sum of another Poisson batch waits for its step, and one step is of one batch"
+            raise ConfigError("model input", why, "leave signal_skip_step to Opacus' BatchMemoryManager")
+        if rows > ticket.left:
+            why = f"{rows} rows for a Poisson batch that has {ticket.left} left"
+            raise ConfigError("model input", why, "train on the batches as drawn, each example once")
+
+    def close(self) -> None:
+        """The current batch's step is taken."""
+        if self._current is not None:
+            self._current.closed = True
+        self._summed = None
+
+
+class _Handed(Iterator[Any]):
+    """A loader's iterator that says which batch the script holds."""
+
+    def __init__(self, inner: Any, batches: DrawnBatches) -> None:
+        self._inner, self._batches = inner, batches
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __next__(self) -> Any:
+        batch = next(self._inner)
+        self._batches.hand()
+        return batch
 
 
 class PoissonLoader(DataLoader[Any]):
@@ -37,23 +169,30 @@ class PoissonLoader(DataLoader[Any]):
 
     def __init__(self, data_loader: DataLoader[Any]) -> None:
         _check(data_loader)
-        self.batches: PoissonBatches
+        self.batches: DrawnBatches
         self.declared_batch: int
         if isinstance(data_loader, PoissonLoader):
-            batches: PoissonBatches = data_loader.batches
+            count, rate, steps = data_loader.batches.count, data_loader.sample_rate, data_loader.batches.steps
             collate: Any = data_loader.collate_fn
             self.declared_batch = data_loader.declared_batch
         else:
             steps = len(data_loader)
-            batches = PoissonBatches(len(data_loader.dataset), 1 / steps, steps)  # type: ignore[arg-type]
+            count, rate = len(data_loader.dataset), 1 / steps  # type: ignore[arg-type]
             collate = Collate(data_loader.collate_fn, data_loader.dataset)
             self.declared_batch = int(data_loader.batch_size or 0)
         kept = {key: getattr(data_loader, key) for key in KEPT if hasattr(data_loader, key)}
         if not kept.get("pin_memory_device"):
             kept.pop("pin_memory_device", None)  # torch warns of the mere argument
+        batches = DrawnBatches(count, rate, steps, ahead=data_loader.num_workers > 0)
         self.batches = batches
         self._fixed = (batches.count, batches.rate, batches.steps)
         super().__init__(data_loader.dataset, batch_sampler=batches, collate_fn=collate, **kept)
+
+    def __iter__(self) -> Any:
+        """A new pass; each batch is a ticket for one step."""
+        inner = super().__iter__()
+        self.batches.by_loader()
+        return _Handed(inner, self.batches)
 
     @property
     def sample_rate(self) -> float:

@@ -38,6 +38,7 @@ Examples are one tensor, the first argument of the model, with the batch in fron
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
         self._secure = secure_mode
         self.dataset: Any = None
         self.noise_source = OS_ENTROPY
+        self._spent: Counter[tuple[float, float]] = Counter()
 
     def make_private(
         self,
@@ -176,6 +178,8 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
         check_criterion(criterion, loss_reduction)
         own_criterion = OwnCriterion(criterion or nn.CrossEntropyLoss(reduction=loss_reduction))
         loader = self._loader(data_loader)
+        if loader.batches.new_pass is not None:  # another model's steps use up its batches
+            loader = PoissonLoader(loader)
         declared = list(criterion.buffers()) if isinstance(criterion, nn.Module) else []
         every = {"run": 0, "epoch": len(loader), "step": 1}[refresh]
         wrapped = SparseModule(module, SupportPlan(layout_of(module), sparsity, every, support_seed), backend, declared)
@@ -184,6 +188,7 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
             wrapped,
             mode=CLIPPING[clipping],
             sample_rate=lambda: loader.sample_rate,
+            batches=loader.batches,
             charge=self._charge,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
@@ -236,11 +241,25 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
         super().save_checkpoint(checkpoint_dict=labelled, **arguments)
 
     def load_checkpoint(self, **arguments: Any) -> dict[str, Any]:
-        """As in Opacus; steps of a checkpoint that does not say "os-entropy" count as seeded ones."""
+        """As in Opacus; steps of a checkpoint that does not say "os-entropy" count as seeded ones.
+
+        Raises:
+            ConfigError: Its account lacks steps that this engine has taken: epsilon would go down. Nothing is loaded.
+        """
+        self._refuse_lesser(arguments["path"], arguments.get("torch_load_kwargs") or {})
         found: dict[str, Any] = super().load_checkpoint(**arguments)
         if found.get(NOISE_SOURCE) != OS_ENTROPY:
             self.noise_source = SEEDED
         return found
+
+    def _refuse_lesser(self, path: Any, settings: dict[str, Any]) -> None:
+        start = path.tell() if hasattr(path, "tell") else None
+        saved = torch.load(path, **settings, weights_only=False)["privacy_accountant_state_dict"]
+        if start is not None:
+            path.seek(start)
+        if self._spent - _steps(saved["history"]):
+            fix = "for weights alone call module.load_state_dict(checkpoint['module_state_dict'])"
+            raise ConfigError("checkpoint", "lacks steps that this engine has taken since, which stay spent", fix)
 
     def _loader(self, data_loader: DataLoader[Any]) -> PoissonLoader:
         if self.dataset is None:
@@ -255,6 +274,7 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
         if terms.noise_source != OS_ENTROPY:
             self.noise_source = terms.noise_source
         self.accountant.step(noise_multiplier=terms.noise_multiplier, sample_rate=terms.sample_rate)
+        self._spent[terms.noise_multiplier, terms.sample_rate] += 1
 
     def _check_noise(self, generator: torch.Generator | None) -> None:
         if generator is None:
@@ -262,6 +282,14 @@ class SparsePrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # opacus has no
         if self._secure:
             raise ConfigError("noise_generator", "secure_mode takes its noise from the operating system", "pass one of the two")
         warnings.warn(f"noise_generator is for tests: every epsilon is labelled {SEEDED}", stacklevel=3)
+
+
+def _steps(history: list[tuple[float, float, int]]) -> Counter[tuple[float, float]]:
+    """How many steps an account holds of each (noise multiplier, sample rate), in whatever order."""
+    found: Counter[tuple[float, float]] = Counter()
+    for noise_multiplier, sample_rate, steps in history:
+        found[float(noise_multiplier), float(sample_rate)] += steps
+    return found
 
 
 def _one_of(name: str, value: str, offered: Any) -> None:

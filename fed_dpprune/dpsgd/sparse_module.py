@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import pickle
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +23,7 @@ from fed_dpprune.models.flat import Tensor as FlatTensor
 from fed_dpprune.sparsity.support import Support, frozen_count, random_subset
 
 if TYPE_CHECKING:
+    from fed_dpprune.dpsgd.poisson_loader import Ticket
     from fed_dpprune.dpsgd.sparse_optimizer import SparseOptimizer, Terms
 
 AGAIN = "call make_private again after such a change"
@@ -79,6 +84,7 @@ class SparseModule(nn.Module):
         self._memory: dict[object, Any] = {}
         self._shapes: dict[object, Tensor] = {}
         self.steps = 0
+        self._example: tuple[torch.Size, torch.dtype] | None = None
         self._seen: object = None
         self.check()
         self.use_support(0)
@@ -125,11 +131,23 @@ class SparseModule(nn.Module):
             raise ConfigError("torch.compile", "cannot hold a private step", "compile the model before make_private")
         if self.optimizer is None:
             raise ConfigError("model", "has no private optimizer", "use what make_private returned")
+        self._check_example(args[0])
         self.check()
         self.optimizer.check()
-        passed = _Forward(self, args[0])
+        if self._open:
+            why = "several forward passes for one step, or one without a backward pass and step"
+            raise ConfigError("model", why, "step, or call zero_grad(), before the next; use eval() or no_grad() beside it")
+        passed = _Forward(self, args[0], self.optimizer.batches.admit(len(args[0])))
         self._open.append(passed)
         return passed.tape.root()
+
+    def _check_example(self, x: Tensor) -> None:
+        """Refuse examples that look otherwise than those of the first step: one long one would change all the others."""
+        found = (x.shape[1:], x.dtype)
+        self._example = self._example or found
+        if found != self._example:
+            was, now = (f"{tuple(shape)} of {dtype}" for shape, dtype in (self._example, found))
+            raise ConfigError("model input", f"has examples of shape {now} after {was}", "pad to a fixed length")
 
     def example_output(self, x: Tensor) -> Tensor:
         """Output for one example of zeros, shape (1, ...): what shapes are, from public values alone.
@@ -151,7 +169,7 @@ class SparseModule(nn.Module):
         """Clipped sum of the backward pass since the last call, shape (k,), and the terms it was made under; None without.
 
         Raises:
-            ConfigError: A forward pass without a backward pass, or several.
+            ConfigError: A forward pass without a backward pass, or several, or of another batch than the one drawn last.
         """
         if len(self._open) > 1:
             raise ConfigError("optimizer.step()", "several forward passes since the last step", "use Opacus' BatchMemoryManager")
@@ -161,6 +179,8 @@ class SparseModule(nn.Module):
         if passed.found is None:
             raise ConfigError("optimizer.step()", "a training-mode forward has no backward", "use model.eval() or no_grad")
         self._open.clear()
+        assert self.optimizer is not None
+        self.optimizer.batches.spend(passed.ticket, passed.rows)
         return passed.found
 
     def drop(self) -> None:
@@ -205,7 +225,8 @@ def _against_output_gradient(outputs: Tensor, gradient: Tensor) -> Tensor:
 class _Forward:
     """One forward pass in training mode, and the clipped sum that its backward pass leaves in `found`."""
 
-    def __init__(self, owner: SparseModule, x: Tensor) -> None:
+    def __init__(self, owner: SparseModule, x: Tensor, ticket: Ticket) -> None:
+        self.ticket, self.rows = ticket, len(x)
         self._owner, self._support, self._step = owner, owner.support, owner.steps
         x = x.detach()
         made_up = owner.example_output(x)
@@ -260,17 +281,53 @@ class _Forward:
 
 
 def modes(module: nn.Module) -> tuple[object, ...]:
-    """All that decides how a model treats a batch, to be compared: layers, modes, rates of dropout, hooks, parameters."""
+    """All that decides how a model treats a batch, to be compared: layers, their attributes by value, hooks, buffers."""
     found: list[object] = []
+    layers = {id(layer) for layer in module.modules()}
     for name, layer in module.named_modules():
-        plain = [(k, v) for k, v in vars(layer).items() if isinstance(v, (bool, int, float, str, tuple))]
+        own = {k: v for k, v in vars(layer).items() if k not in _INNER}
         hooks = [tuple(vars(layer).get(kind, ())) for kind in _HOOKS]
-        found.append((name, id(layer), tuple(map(repr, plain)), tuple(hooks)))
+        found.append((name, id(layer), _content(own, layers, ()), tuple(hooks)))
     found += [(id(p), p.requires_grad, p.dtype, p.shape, str(p.device)) for p in module.parameters()]
-    found += [(name, b.dtype, b.shape) for name, b in module.named_buffers()]
+    found += [(name, _content(b, layers, ())) for name, b in module.named_buffers()]
     return tuple(found)
 
 
+def _content(value: Any, layers: set[int], above: tuple[int, ...]) -> object:
+    """A value to be compared: containers and objects part by part, tensors and arrays by digest, all else by identity."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return repr(value)  # a NaN is itself, and 1 is not True
+    if id(value) in above or id(value) in layers or isinstance(value, nn.Parameter):
+        return id(value)  # a layer of the model is compared by itself; weights may move
+    above = (*above, id(value))
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return (str(value.dtype), str(value.device), tuple(value.shape), _digest(flat.numpy().tobytes()))
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return (str(value.dtype), value.shape, _digest(value.tobytes()))
+    if isinstance(value, Mapping):
+        return (id(type(value)), *((_content(k, layers, above), _content(v, layers, above)) for k, v in value.items()))
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return (id(type(value)), *(_content(one, layers, above) for one in value))
+    inside = getattr(value, "__dict__", None)
+    if isinstance(inside, dict) and not isinstance(value, (type, ModuleType)):
+        return (id(value), _content(inside, layers, above))
+    return (id(value), _pickled(value))
+
+
+def _pickled(value: Any) -> object:
+    """Digest of what has no attributes to look at (slots, ranges, counters); None where it cannot be pickled."""
+    try:
+        return _digest(pickle.dumps(value))
+    except Exception:
+        return None
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+_INNER = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

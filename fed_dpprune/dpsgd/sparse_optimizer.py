@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fed_dpprune.dpsgd.clipping import Clipping
 from fed_dpprune.dpsgd.noise import OS_ENTROPY, SEEDED, OsNoise
+from fed_dpprune.dpsgd.poisson_loader import DrawnBatches
 from fed_dpprune.dpsgd.sparse_module import AGAIN, SparseModule
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.sparsity.support import Support
@@ -61,6 +62,7 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         module: Its model.
         mode: Clipping mode of `Clipping`.
         sample_rate: Gives the rate of the batches in use.
+        batches: The drawn Poisson batches: a step is of one of them.
         charge: Is told the terms of a step before its noise is drawn.
         settings: As of DPOptimizer.
     """
@@ -72,14 +74,17 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         *,
         mode: str,
         sample_rate: Callable[[], float],
+        batches: DrawnBatches,
         charge: Callable[[Terms], None],
         **settings: Any,
     ) -> None:
         super().__init__(optimizer, **settings)
-        self.module = module
+        self.module, self.batches = module, batches
+        batches.new_pass = self._new_pass
         self._mode, self._sample_rate, self._charge = mode, sample_rate, charge
         self._sum: NDArray[np.float64] | None = None
         self._terms: Terms | None = None
+        self._written: dict[int, tuple[Tensor, int]] = {}
         self.check()
         self._read()
 
@@ -152,6 +157,18 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         for parameter, (tensor, span) in zip(self.module._module.parameters(), spans, strict=True):
             part = torch.from_numpy(flat[span]).view(parameter.shape)
             parameter.grad = None if tensor.frozen else part.to(parameter)
+            if parameter.grad is not None:
+                self._written[id(parameter)] = (parameter.grad, parameter.grad._version)
+
+    def _refuse_other_gradients(self) -> None:
+        """A backward pass beside the private one (a regulariser's) would be overwritten without a word."""
+        for name, parameter in self.module._module.named_parameters():
+            there = parameter.grad
+            written, version = self._written.get(id(parameter), (None, 0))
+            if there is None or (there is written and there._version == version) or not there.any():
+                continue
+            why = "has a gradient that is not of the private backward pass, and would be lost"
+            raise ConfigError(f"parameter {name}", why, "call zero_grad() before it, and put all terms into the one loss")
 
     def scale_grad(self) -> None:
         """Part of Opacus' interface; `add_noise` has divided by the declared batch size already."""
@@ -166,19 +183,30 @@ class SparseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
     def _forget(self) -> None:
         self._sum = self._terms = None
 
+    def _new_pass(self) -> None:
+        """What a pass over the loader left unfinished when a new one begins belongs to no step."""
+        self.module.drop()
+        self._forget()
+        self._step_skip_queue.clear()
+        self._is_last_step_skipped = False
+
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Clip and accumulate; on the last physical batch charge, then noise. False when the step is skipped."""
         self.module.check()
         self.check()
+        self._refuse_other_gradients()
         self.clip_and_accumulate()
         if self._check_skip_next_step():
             self._is_last_step_skipped = True
             return False
         terms = self._terms
         assert terms is not None
-        self._charge(terms)
-        self.add_noise()
-        self._forget()
+        self.batches.close()
+        try:
+            self._charge(terms)
+            self.add_noise()
+        finally:  # a sum that fails here must not wait for the next batch's step
+            self._forget()
         if self.step_hook:
             self.step_hook(self)
         self._is_last_step_skipped = False

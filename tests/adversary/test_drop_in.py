@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fed_dpprune.dpsgd.clipping import Clipping
 from fed_dpprune.dpsgd.privacy_engine import SparsePrivacyEngine
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("made_up_batches")]
 CLIP = 1.0
 
 
