@@ -353,3 +353,77 @@ def test_a_criterion_that_keeps_traces_is_refused():
     module, _, own, _ = private(criterion=Centre(), grad_sample_mode="ghost")
     with pytest.raises(ConfigError, match="traces"):
         own(module(data(4)[0]), data(4)[1])
+
+
+class Queue:
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+    def __call__(self, outputs, y):
+        loss = functional.cross_entropy(outputs, y) + sum((outputs * one).sum() for one in self.kept)
+        self.kept.append(outputs.detach())
+        return loss
+
+
+class Centre(nn.Module):
+    centre = None
+
+    def forward(self, outputs, y):
+        self.centre = outputs.detach().mean(0) if self.centre is None else 0.9 * self.centre
+        return functional.mse_loss(outputs, self.centre.expand_as(outputs))
+
+
+def closing_over():
+    kept = {"sum": 0.0}
+
+    def loss(outputs, y):
+        kept["sum"] += outputs.sum().item()
+        return functional.cross_entropy(outputs, y) * kept["sum"]
+
+    return loss
+
+
+def noisy(outputs, y):
+    return functional.cross_entropy(outputs, torch.randint(0, CLASSES, y.shape))
+
+
+EVERYWHERE = {"calls": 0.0}
+
+
+def global_state(outputs, y):
+    EVERYWHERE["calls"] += 1.0
+    return functional.cross_entropy(outputs, y) * EVERYWHERE["calls"]
+
+
+STATEFUL = {
+    "queue": (Queue, "keep traces"),
+    "centre": (Centre, "keep traces"),
+    "closure": (closing_over, "keep traces"),
+    "noisy": (lambda: noisy, "random numbers"),
+    "global": (lambda: global_state, "from call to call"),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_criterion_that_is_no_function_of_its_arguments_is_refused(name):
+    make, said = STATEFUL[name]
+    module, _, own, _ = private(criterion=make(), grad_sample_mode="ghost")
+    with pytest.raises(ConfigError, match=said):
+        own(module(data(4)[0]), data(4)[1])
+
+
+FACTOR = {"of the batch": 1.0}
+
+
+def test_a_criterion_that_changes_between_steps_is_refused(monkeypatch):
+
+    def loss(outputs, y):
+        return functional.cross_entropy(outputs * FACTOR["of the batch"], y)
+
+    x, y = data(9)
+    module, optimizer, own, _ = private(criterion=loss, grad_sample_mode="ghost")
+    clipped_sum(module, optimizer, x, y, own)
+    clipped_sum(module, optimizer, *data(5, seed=3), own)
+    monkeypatch.setitem(FACTOR, "of the batch", 2.0)
+    with pytest.raises(ConfigError, match="from call to call"):
+        clipped_sum(module, optimizer, x, y, own)

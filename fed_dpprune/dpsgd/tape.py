@@ -8,6 +8,20 @@ that has to be multiplied away again.
 Only operations of the table in `loss_rules.py` are taken: they treat each example by itself. The result of any other one is
 `Cut`: good for a metric, refused by name as soon as it enters a loss. Numbers of the script are constants, refused when they
 change from step to step; tensors with the examples in front (labels) are the examples' own, others must have been declared.
+
+Outputs stay recognisable: a write of them into a tensor of the script is refused, a training-mode forward pass under `no_grad`
+is `Cut`, and once floating point outputs left by `numpy()`, `tolist()` and the like, floating point tensors of the script are
+refused in losses. A model has one loss: other operations than at an earlier step are refused.
+
+Known limits. The bound on what one example moves does not hold for a script that does one of these, and nothing notices it:
+
+- its loss takes a tensor with a row for each example that it made from several of them: targets standardised by the batch
+  (`(y - y.mean()) / y.std()`), weights from the batch's class counts (`w[y] / w[y].mean()`), mixup, or a model's input so made;
+- it copies outputs by `torch.tensor(z)` or `plain.data = z`, which torch does not report, or takes them out as single numbers
+  (`.item()`, `float()`) or whole ones (`argmax(1).numpy()`), and makes targets or weights of rows from them;
+- it makes targets or weights of rows from outputs of `module.eval()`, which are plain tensors, on private examples;
+- it decides by a private value (`loss.item() > 1`) which rows or targets go into a loss of the same operations, whether it
+  runs `backward()`, or whether it steps.
 """
 
 from __future__ import annotations
