@@ -146,6 +146,9 @@ COUPLED = {
     "divided twice": (lambda o, y: (functional.cross_entropy(o, y, reduction="none") / len(y)).mean(), "the batch's size"),
     "penalty": (lambda o, y: functional.cross_entropy(o, y) + PENALTY.pow(2).sum(), "gradients of its own"),
     "in place": (lambda o, y: functional.cross_entropy(o.mul_(2), y), "in place"),
+    "weighted squares": (lambda o, y: functional.mse_loss(o, hot(y), weight=hot(y) + 1), "weights of the whole batch"),
+    "pairs": (lambda o, y: (o.unsqueeze(1) - o).abs().mean(), "pairs every example"),
+    "row and column": (lambda o, y: (o[:, 0] / o[:, 1:2].exp()).mean(), "pairs every example"),
 }  # fmt: skip
 PENALTY = nn.Parameter(torch.ones(2))
 
@@ -160,6 +163,74 @@ def test_a_loss_that_couples_examples_is_refused_before_anything_is_released(nam
     with pytest.raises(ConfigError, match="backward"):
         optimizer.step()
     assert all(map(torch.equal, before, module.parameters()))
+
+
+WRITTEN = {
+    "slice": lambda plain, o: plain.__setitem__(slice(None), o.detach()),
+    "copy": lambda plain, o: plain.copy_(o.detach()),
+    "running mean": lambda plain, o: plain.mul_(0.1).add_(o.detach().mean(0), alpha=0.9),
+    "plus": lambda plain, o: plain.__iadd__(o.detach().mean(0)),
+    "out": lambda plain, o: torch.mul(o.argmax(1, keepdim=True), torch.ones(3), out=plain),
+    "many": lambda plain, o: torch._foreach_add_([plain], [o.detach()]),
+    "view": lambda plain, o: plain.view_as(o.detach().cpu()).copy_(o.detach().cpu()),
+    "statistics": lambda plain, o: functional.batch_norm(o.cpu(), plain[0], plain[1], training=True),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_private_values_are_not_written_into_a_tensor_of_the_script(name):
+    module, _, _ = private()
+    plain = torch.zeros(20, CLASSES)
+    outputs = module(data(20)[0])
+    if name == "view":
+        WRITTEN[name](plain, outputs)
+        assert not plain.any()
+        return
+    with pytest.raises(ConfigError, match="written into a tensor of the script"):
+        WRITTEN[name](plain, outputs)
+    assert not plain.any()
+
+
+def test_a_forward_pass_without_gradients_is_fit_for_metrics_alone():
+    x, y = data(20)
+    module, _, _ = private()
+    with torch.no_grad():
+        known = module(x)
+        assert 0 <= (known.argmax(1) == y).float().mean().item() <= 1
+    with pytest.raises(ConfigError, match="result of sub"):
+        functional.mse_loss(module(x), known - known.mean(0))
+    with pytest.raises(ConfigError, match="under no_grad"):
+        functional.mse_loss(module(x), known)
+
+
+@pytest.mark.parametrize("leave", [lambda o: o.detach().cpu().numpy(), lambda o: torch.tensor(o.tolist()).numpy()])
+def test_numbers_of_outputs_do_not_come_back_as_targets(leave):
+    x, y = data(20)
+    module, optimizer, _ = private()
+    clipped_sum(module, optimizer, x, y, nn.CrossEntropyLoss())
+    known = torch.from_numpy(np.asarray(leave(module(x))))
+    module.zero_grad()
+    functional.cross_entropy(module(x), y)  # labels are as good as before
+    with pytest.raises(ConfigError, match="of the model's output"):
+        functional.mse_loss(module(x), known - known.mean(0))
+
+
+def test_classes_and_single_numbers_leave_for_metrics():
+    x, y = data(20)
+    module, optimizer, _ = private()
+    outputs = module(x)
+    assert outputs.argmax(1).cpu().numpy().shape == (20,) and outputs.sum().item() == float(outputs.sum())
+    optimizer.zero_grad()
+    clipped_sum(module, optimizer, x, y, lambda o, y: functional.mse_loss(o, hot(y)))
+
+
+def test_another_loss_than_before_is_refused():
+    x, y = data(20)
+    module, optimizer, _ = private()
+    clipped_sum(module, optimizer, x, y, nn.CrossEntropyLoss())
+    functional.mse_loss(module(x), hot(y)).item()  # a metric is not differentiated
+    with pytest.raises(ConfigError, match="other operations than at an earlier step"):
+        clipped_sum(module, optimizer, x, y, lambda o, y: functional.mse_loss(o, hot(y)))
 
 
 def test_a_number_that_changes_from_step_to_step_is_refused():
@@ -282,3 +353,77 @@ def test_a_criterion_that_keeps_traces_is_refused():
     module, _, own, _ = private(criterion=Centre(), grad_sample_mode="ghost")
     with pytest.raises(ConfigError, match="traces"):
         own(module(data(4)[0]), data(4)[1])
+
+
+class Queue:
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+    def __call__(self, outputs, y):
+        loss = functional.cross_entropy(outputs, y) + sum((outputs * one).sum() for one in self.kept)
+        self.kept.append(outputs.detach())
+        return loss
+
+
+class Centre(nn.Module):
+    centre = None
+
+    def forward(self, outputs, y):
+        self.centre = outputs.detach().mean(0) if self.centre is None else 0.9 * self.centre
+        return functional.mse_loss(outputs, self.centre.expand_as(outputs))
+
+
+def closing_over():
+    kept = {"sum": 0.0}
+
+    def loss(outputs, y):
+        kept["sum"] += outputs.sum().item()
+        return functional.cross_entropy(outputs, y) * kept["sum"]
+
+    return loss
+
+
+def noisy(outputs, y):
+    return functional.cross_entropy(outputs, torch.randint(0, CLASSES, y.shape))
+
+
+EVERYWHERE = {"calls": 0.0}
+
+
+def global_state(outputs, y):
+    EVERYWHERE["calls"] += 1.0
+    return functional.cross_entropy(outputs, y) * EVERYWHERE["calls"]
+
+
+STATEFUL = {
+    "queue": (Queue, "keep traces"),
+    "centre": (Centre, "keep traces"),
+    "closure": (closing_over, "keep traces"),
+    "noisy": (lambda: noisy, "random numbers"),
+    "global": (lambda: global_state, "from call to call"),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_criterion_that_is_no_function_of_its_arguments_is_refused(name):
+    make, said = STATEFUL[name]
+    module, _, own, _ = private(criterion=make(), grad_sample_mode="ghost")
+    with pytest.raises(ConfigError, match=said):
+        own(module(data(4)[0]), data(4)[1])
+
+
+FACTOR = {"of the batch": 1.0}
+
+
+def test_a_criterion_that_changes_between_steps_is_refused(monkeypatch):
+
+    def loss(outputs, y):
+        return functional.cross_entropy(outputs * FACTOR["of the batch"], y)
+
+    x, y = data(9)
+    module, optimizer, own, _ = private(criterion=loss, grad_sample_mode="ghost")
+    clipped_sum(module, optimizer, x, y, own)
+    clipped_sum(module, optimizer, *data(5, seed=3), own)
+    monkeypatch.setitem(FACTOR, "of the batch", 2.0)
+    with pytest.raises(ConfigError, match="from call to call"):
+        clipped_sum(module, optimizer, x, y, own)

@@ -21,6 +21,7 @@ WEIGHTED = (
     "divides by the weights of all labels in the batch, so one example's gradient depends on the others",
     'use reduction="sum" and loss_reduction="sum"',
 )
+NORMALISED = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")  # their mean divides by the sum of given weights
 FACTORS = ("mul", "div", "true_divide", "multiply", "divide", "__rtruediv__")
 
 
@@ -39,6 +40,9 @@ def _per_example(
     """
     outputs = [value for value in flat((args, kwargs)) if isinstance(value, Taped)]
     tape, dimensions = outputs[0].own.tape, max(value.ndim for value in outputs)
+    if len({value.ndim for value in outputs if value.own.power is None}) > 1:
+        shapes = " and ".join(str(tuple(value.shape)) for value in outputs)
+        raise ConfigError("loss", f"{name} of shapes {shapes} pairs every example with every other one", "make the shapes equal")
     structure: list[object] = [name]
     constants: list[Constant] = []
     factor = name in FACTORS
@@ -54,6 +58,7 @@ def _per_example(
         if isinstance(value, Tensor):
             _fit_constant(name, value)
             if value.ndim == dimensions and len(value) == tape.n:
+                tape.refuse_returned(name, value)
                 structure.append("own")
                 return lambda i: tape.own(value, i)
             if value.ndim == dimensions and len(value) != 1:
@@ -219,6 +224,8 @@ def _loss(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if one.own.power is not None:
         return None
     classes = name in ("cross_entropy", "nll_loss")
+    if name in NORMALISED and given.get("weight") is not None:
+        raise ConfigError("loss", f"{name} with weight= divides by the weights of the whole batch", "multiply by hand instead")
     indices = classes and not given["target"].is_floating_point()
     _check_shapes(name, given["input"], given["target"], indices)
     if indices and given["weight"] is not None and reduction == "mean":

@@ -7,7 +7,8 @@ An Opacus script becomes sparse by changing the import and adding `sparsity=`. W
 - *Losses.* The model's output in training mode is a tensor that remembers what is done to it, and each example's own loss is
   differentiated alone; `criterion(model(x), y).backward()` with torch's usual losses, sums and means works as it stands. A loss
   that couples examples (a class-weighted mean, an unknown operation, a number that changes from step to step) is refused; any
-  function works as `criterion=` with `grad_sample_mode="ghost"`, which returns it wrapped, as Opacus does. An ignored label adds
+  function of outputs and labels alone (no random numbers, nothing kept from call to call) works as `criterion=` with
+  `grad_sample_mode="ghost"`, which returns it wrapped, as Opacus does. An ignored label adds
   nothing, and the mean counts it. Numbers that the script itself computes from a batch and uses in its loss are noticed at the
   second step only. Inputs and labels are taken as they come: mixing examples before the model (mixup) is not noticed.
 - *Numbers.* max_grad_norm, noise_multiplier, batch size and support are read when a step's first backward pass runs, and the

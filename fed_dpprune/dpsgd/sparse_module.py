@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fed_dpprune.dpsgd import loss_rules  # noqa: F401  # fills the table of operations
 from fed_dpprune.dpsgd.gradient import OpenBatch, PrivateGradient
-from fed_dpprune.dpsgd.tape import Tape
+from fed_dpprune.dpsgd.tape import Tape, cut
 from fed_dpprune.errors import ConfigError
 from fed_dpprune.models.flat import Layout
 from fed_dpprune.models.flat import Tensor as FlatTensor
@@ -120,7 +120,8 @@ class SparseModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output; in training mode with gradients on, taped. Then it takes one tensor, examples in front."""
         if not (self.training and torch.is_grad_enabled()):
-            return self._module(*args, **kwargs)
+            made = self._module(*args, **kwargs)
+            return cut(made, "a training-mode forward pass under no_grad", self._memory) if self.training else made
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not args[0].ndim:
             raise ConfigError("model", "takes one tensor with the examples in front, in training mode", "pack inputs into it")
         if args[0].requires_grad:

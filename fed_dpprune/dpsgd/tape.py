@@ -8,6 +8,20 @@ that has to be multiplied away again.
 Only operations of the table in `loss_rules.py` are taken: they treat each example by itself. The result of any other one is
 `Cut`: good for a metric, refused by name as soon as it enters a loss. Numbers of the script are constants, refused when they
 change from step to step; tensors with the examples in front (labels) are the examples' own, others must have been declared.
+
+Outputs stay recognisable: a write of them into a tensor of the script is refused, a training-mode forward pass under `no_grad`
+is `Cut`, and once floating point outputs left by `numpy()`, `tolist()` and the like, floating point tensors of the script are
+refused in losses. A model has one loss: other operations than at an earlier step are refused.
+
+Known limits. The bound on what one example moves does not hold for a script that does one of these, and nothing notices it:
+
+- its loss takes a tensor with a row for each example that it made from several of them: targets standardised by the batch
+  (`(y - y.mean()) / y.std()`), weights from the batch's class counts (`w[y] / w[y].mean()`), mixup, or a model's input so made;
+- it copies outputs by `torch.tensor(z)` or `plain.data = z`, which torch does not report, or takes them out as single numbers
+  (`.item()`, `float()`) or whole ones (`argmax(1).numpy()`), and makes targets or weights of rows from them;
+- it makes targets or weights of rows from outputs of `module.eval()`, which are plain tensors, on private examples;
+- it decides by a private value (`loss.item() > 1`) which rows or targets go into a loss of the same operations, whether it
+  runs `backward()`, or whether it steps.
 """
 
 from __future__ import annotations
@@ -25,10 +39,14 @@ from fed_dpprune.dpsgd.arithmetic import pinned
 from fed_dpprune.errors import ConfigError
 
 FIX = 'write the loss as a function and pass it as make_private(criterion=..., grad_sample_mode="ghost")'
+WRITING = "make a new tensor (total = total + ...), or add up numbers by .item()"
 IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ipow__")
 SCALAR = ("add", "sub", "mul", "div", "neg", "rsub", "__rsub__", "true_divide", "multiply", "divide")
 REFUSED = ("register_hook", "retain_grad", "requires_grad_", "register_post_accumulate_grad_hook")
 CLOSE = 1e-6  # a number this near to the batch's size, relatively, is taken for it
+# What hands the numbers of an output to numpy or Python, where nobody can follow them.
+LEAVING = ("numpy", "tolist", "__array__", "__dlpack__", "storage", "untyped_storage", "_typed_storage", "__reduce_ex__")
+LEFT = "left"  # key of a tape's memory: the operation by which floating point outputs left
 SMALLEST_SIZE = 3  # below, constants of the script (2, 0.5) would too often be taken for the batch's size
 
 Row = Tensor | None  # None: an example whose own loss could not be computed; it counts as absent
@@ -50,7 +68,7 @@ class Tape:
         outputs: Shape (n, ...), without a graph.
         made_up: Output of a made-up example, shape (1, ...): shows shapes where there is no example, and errors of the script.
         mean: Whether the script's loss is declared to be a mean over examples (else a sum).
-        memory: Constants of earlier steps by the loss's structure; lives as long as the model.
+        memory: Constants of earlier steps by the loss's structure, and notes under words; lives as long as the model.
         declared: Tensors that the script declared before it saw data: weights of its criterion.
         arrive: Is handed the gradients, shape of `outputs`; the row of an absent example is NaN.
     """
@@ -58,7 +76,7 @@ class Tape:
     outputs: Tensor
     made_up: Tensor
     mean: bool
-    memory: dict[object, list[Constant]]
+    memory: dict[object, Any]
     declared: Sequence[Tensor]
     arrive: Callable[[Tensor], None]
     leaves: list[Tensor] = field(init=False)
@@ -73,6 +91,19 @@ class Tape:
     def n(self) -> int:
         """Examples."""
         return len(self.outputs)
+
+    def refuse_returned(self, name: str, value: Tensor) -> None:
+        """Refuse a floating point tensor of the script once outputs have left: it may have been made from all of them.
+
+        Raises:
+            ConfigError: Names the operation by which they left.
+        """
+        if LEFT in self.memory and value.is_floating_point():
+            raise ConfigError(
+                "loss",
+                f"{name} takes a floating point tensor of the script after {self.memory[LEFT]}() of the model's output",
+                "compute such metrics in eval mode, or take loss.item() and whole numbers (argmax) alone",
+            )
 
     def own(self, value: Tensor, i: int) -> Tensor:
         """Example i's part of a tensor with the examples in front; a made-up one for the made-up example."""
@@ -152,6 +183,7 @@ class Cut(Tensor):
     """A tensor that was computed from a model's output in a way that no rule follows; fit for metrics, not for a loss."""
 
     cut_by = "an operation"
+    memory: dict[object, Any] | None = None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -166,8 +198,28 @@ class Taped(Cut):
 
 def _taped(value: Tensor, values: Values) -> Taped:
     made = value.detach().clone().as_subclass(Taped)
-    made.own = values
+    made.own, made.memory = values, values.tape.memory
     return made
+
+
+def cut(value: Any, by: str, memory: dict[object, Any]) -> Any:
+    """Tensors of private values that no tape follows: fit for metrics, refused in a loss.
+
+    Args:
+        value: A tensor, or tuples, lists and mappings of them; anything else is returned as it is.
+        by: For messages: what they come from.
+        memory: Of the model's tapes.
+    """
+    if isinstance(value, Tensor):
+        made = value.detach().as_subclass(Cut)
+        made.cut_by, made.memory = by, memory
+        return made
+    if isinstance(value, dict):
+        return {key: cut(part, by, memory) for key, part in value.items()}
+    if not isinstance(value, (tuple, list)):
+        return value
+    parts = [cut(part, by, memory) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
 def shown(values: Values) -> Taped:
@@ -195,6 +247,11 @@ def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _backward(args[0], *args[1:], **kwargs)
     if taped and _changes(name, args, kwargs):
         return _in_place(name, args, kwargs)
+    _refuse_writing(name, args, kwargs)
+    if name in LEAVING and args and isinstance(args[0], Cut) and args[0].numel() > 1 and args[0].is_floating_point():
+        memory = args[0].memory
+        assert memory is not None
+        memory[LEFT] = name
     if name in REFUSED and taped:
         raise ConfigError(f"{name} on the model's output", "reaches past the single examples", FIX)
     if taped and args and torch.is_grad_enabled() and (rule := RULES.get(name)):
@@ -206,9 +263,23 @@ def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _changes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return bool(args and isinstance(args[0], Taped) and _writes(name)) or kwargs.get("out") is not None
+
+
+def _writes(name: str) -> bool:
     in_place = (name.endswith("_") and not name.endswith("__")) or name.endswith(".__set__")
-    in_place = in_place or name in ("__setitem__", "__delitem__", "set_data", *IN_PLACE)
-    return bool(args and isinstance(args[0], Taped) and in_place) or kwargs.get("out") is not None
+    return in_place or name in ("__setitem__", "__delitem__", "set_data", *IN_PLACE)
+
+
+def _refuse_writing(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Private values written into a tensor of the script would look like the script's own afterwards."""
+    target = kwargs.get("out")
+    if name in ("batch_norm", "instance_norm"):
+        target = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
+    elif target is None and _writes(name):
+        target = args[0] if args else kwargs.get("self", kwargs.get("input"))
+    if any(isinstance(value, Tensor) and not isinstance(value, Cut) for value in flat(target)):
+        raise ConfigError("model output", f"is written into a tensor of the script ({name})", WRITING)
 
 
 def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -227,13 +298,21 @@ def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _cut(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = [value for value in flat((args, kwargs)) if isinstance(value, Tensor)]
+    plain = [(value, value._version) for value in given if not isinstance(value, Cut)]
+    memory = next((value.memory for value in given if isinstance(value, Cut)), None)
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         found = func(*_plain(args), **_plain(kwargs))
+        shared = {value.untyped_storage().data_ptr() for value, _ in plain}
+        if any(value._version != version for value, version in plain):
+            raise ConfigError("model output", f"is written into a tensor of the script ({name})", WRITING)
 
     def wrap(value: Any) -> Any:
         if isinstance(value, Tensor):
+            if value.untyped_storage().data_ptr() in shared:
+                value = value.clone()  # else a write into the view would reach the script's tensor
             made = value.as_subclass(Cut)
-            made.cut_by = name
+            made.cut_by, made.memory = name, memory
             return made
         if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
             parts = [wrap(part) for part in value]
@@ -307,6 +386,12 @@ def _remember(values: Values, constants: list[Constant]) -> None:
     memory, n = values.tape.memory, values.tape.n
     before = memory.get(values.structure)
     if before is None:
+        if any(isinstance(known, tuple) for known in memory):
+            raise ConfigError(
+                "loss",
+                "is made of other operations than at an earlier step, and the choice may tell of other examples",
+                "use one loss from the first step to the last, or call make_private again for the other",
+            )
         for constant in constants:
             number = _number(constant.value) if constant.factor else None
             if n >= SMALLEST_SIZE and number and min(abs(number / n - 1), abs(number * n - 1)) < CLOSE:
