@@ -203,12 +203,21 @@ def test_a_forward_pass_without_gradients_is_fit_for_metrics_alone():
         functional.mse_loss(module(x), known)
 
 
-@pytest.mark.parametrize("leave", [lambda o: o.detach().cpu().numpy(), lambda o: torch.tensor(o.tolist()).numpy()])
-def test_numbers_of_outputs_do_not_come_back_as_targets(leave):
+LEFT = {
+    "numpy": lambda o: o.detach().cpu().numpy(),
+    "list": lambda o: o.tolist(),
+    "array": lambda o: np.asarray(o.detach()),
+    "copy": lambda o: torch.tensor(o.detach()).numpy(),
+    "asarray": lambda o: torch.asarray(o.detach(), dtype=torch.float64).numpy(),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_numbers_of_outputs_do_not_come_back_as_targets(name):
     x, y = data(20)
     module, optimizer, _ = private()
     clipped_sum(module, optimizer, x, y, nn.CrossEntropyLoss())
-    known = torch.from_numpy(np.asarray(leave(module(x))))
+    known = torch.from_numpy(np.asarray(LEFT[name](module(x)), dtype=np.float32))
     module.zero_grad()
     functional.cross_entropy(module(x), y)  # labels are as good as before
     with pytest.raises(ConfigError, match="of the model's output"):

@@ -10,15 +10,15 @@ Only operations of the table in `loss_rules.py` are taken: they treat each examp
 change from step to step; tensors with the examples in front (labels) are the examples' own, others must have been declared.
 
 Outputs stay recognisable: a write of them into a tensor of the script is refused, a training-mode forward pass under `no_grad`
-is `Cut`, and once floating point outputs left by `numpy()`, `tolist()` and the like, floating point tensors of the script are
-refused in losses. A model has one loss: other operations than at an earlier step are refused.
+is `Cut`, and once floating point outputs left by `numpy()`, `tolist()`, `torch.tensor()` and the like, floating point tensors
+of the script are refused in losses. A model has one loss: other operations than at an earlier step are refused.
 
 Known limits. The bound on what one example moves does not hold for a script that does one of these, and nothing notices it:
 
 - its loss takes a tensor with a row for each example that it made from several of them: targets standardised by the batch
   (`(y - y.mean()) / y.std()`), weights from the batch's class counts (`w[y] / w[y].mean()`), mixup, or a model's input so made;
-- it copies outputs by `torch.tensor(z)` or `plain.data = z`, which torch does not report, or takes them out as single numbers
-  (`.item()`, `float()`) or whole ones (`argmax(1).numpy()`), and makes targets or weights of rows from them;
+- it assigns `plain.data = z`, which torch does not report, or takes outputs out as single numbers (`.item()`, `float()`) or
+  whole ones (`argmax(1).numpy()`), and makes targets or weights of rows from them;
 - it makes targets or weights of rows from outputs of `module.eval()`, which are plain tensors, on private examples;
 - it decides by a private value (`loss.item() > 1`) which rows or targets go into a loss of the same operations, whether it
   runs `backward()`, or whether it steps.
@@ -189,6 +189,15 @@ class Cut(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         return _called(func, args, kwargs or {})
 
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """What torch does to an output without reporting the call: a copy by `torch.tensor(z)` or `torch.asarray(z)`."""
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunctionSubclass():
+            for value in flat((args, kwargs or {})):
+                if isinstance(value, Cut) and value.numel() > 1 and value.is_floating_point() and value.memory is not None:
+                    value.memory[LEFT] = "torch.tensor"
+            return func(*_plain(args), **_plain(kwargs or {}))
+
 
 class Taped(Cut):
     """Output of a private model, or what the script made of it; `values` says what each example's own is."""
@@ -289,7 +298,7 @@ def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(target, Taped) and target.own.power is not None and plain in SCALAR and not kwargs:
         made = getattr(torch, plain)(*args)
         if isinstance(made, Taped):
-            with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch(), torch.no_grad():
                 target.copy_(made)
             target.own = made.own
             return target
@@ -301,7 +310,7 @@ def _cut(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     given = [value for value in flat((args, kwargs)) if isinstance(value, Tensor)]
     plain = [(value, value._version) for value in given if not isinstance(value, Cut)]
     memory = next((value.memory for value in given if isinstance(value, Cut)), None)
-    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+    with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch(), torch.no_grad():
         found = func(*_plain(args), **_plain(kwargs))
         shared = {value.untyped_storage().data_ptr() for value, _ in plain}
         if any(value._version != version for value, version in plain):
