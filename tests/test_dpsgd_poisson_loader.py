@@ -6,6 +6,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -75,6 +76,18 @@ def test_an_empty_batch_looks_like_others_even_the_first_one():
     assert [(tuple(part.shape), part.dtype) for part in empty] == [((0, 2, 5), torch.float32), ((0,), torch.int64)]
     with pytest.raises(ConfigError, match="collate_fn gives str"):
         PoissonLoader(DataLoader(data, batch_size=1, collate_fn=lambda rows: "rows"))
+
+
+def test_a_batch_padded_to_its_longest_example_is_refused():
+    data = [torch.ones(3), torch.ones(3), torch.ones(7)]
+
+    def padded(rows):
+        return {"x": [nn.utils.rnn.pad_sequence(rows, batch_first=True)]}
+
+    loader = PoissonLoader(DataLoader(data, batch_size=1, collate_fn=padded))
+    assert loader.collate_fn(data[:2])["x"][0].shape == (2, 3) and loader.collate_fn([])["x"][0].shape == (0, 3)
+    with pytest.raises(ConfigError, match="pad to a fixed length"):
+        loader.collate_fn(data)
 
 
 class Stream(IterableDataset):

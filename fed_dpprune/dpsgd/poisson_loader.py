@@ -247,8 +247,30 @@ class Collate:
         self._empty = _emptied(collate([dataset[0]]))
 
     def __call__(self, rows: list[Any]) -> Any:
-        """A batch."""
-        return self._collate(rows) if rows else self._empty
+        """A batch.
+
+        Raises:
+            ConfigError: Its examples have another shape or type than the first row: one long example would pad all the others.
+        """
+        if not rows:
+            return self._empty
+        batch = self._collate(rows)
+        _refuse_other_shapes(batch, self._empty)
+        return batch
+
+
+def _refuse_other_shapes(batch: Any, like: Any) -> None:
+    if isinstance(batch, Tensor) and isinstance(like, Tensor):
+        if (batch.shape[1:], batch.dtype) != (like.shape[1:], like.dtype):
+            found, first = (f"{tuple(one.shape[1:])} of {one.dtype}" for one in (batch, like))
+            why = f"collate_fn gives examples of shape {found}, and {first} for the first row alone"
+            raise ConfigError("data_loader", why, "pad to a fixed length")
+    elif isinstance(batch, Mapping) and isinstance(like, Mapping):
+        for key, value in batch.items():
+            _refuse_other_shapes(value, like.get(key))
+    elif isinstance(batch, (list, tuple)) and isinstance(like, (list, tuple)):
+        for value, other in zip(batch, like, strict=False):  # a list of plain values is empty in `like`
+            _refuse_other_shapes(value, other)
 
 
 def _emptied(batch: Any) -> Any:

@@ -9,8 +9,16 @@ An Opacus script becomes sparse by changing the import and adding `sparsity=`. W
   that couples examples (a class-weighted mean, an unknown operation, a number that changes from step to step) is refused; any
   function of outputs and labels alone (no random numbers, nothing kept from call to call) works as `criterion=` with
   `grad_sample_mode="ghost"`, which returns it wrapped, as Opacus does. An ignored label adds
-  nothing, and the mean counts it. Numbers that the script itself computes from a batch and uses in its loss are noticed at the
-  second step only. Inputs and labels are taken as they come: mixing examples before the model (mixup) is not noticed.
+  nothing, and the mean counts it. Numbers that the script itself computes from a batch and uses in its loss are noticed where
+  they change from step to step, and not at all where they come as a tensor with an entry for each example (weights by the
+  labels' counts in the batch, standardised targets). Inputs and labels are taken as they come: mixing examples before the
+  model (mixup) is not noticed.
+- *Batches.* Each batch that the returned loader draws is good for one step and for no more rows than it has; a training-mode
+  forward without a drawn batch, or with more rows, is refused, and so is a sum over two batches. A new pass over the loader
+  voids what the last one left: batches, sums, skip signals. One model for a loader; two passes at once are refused.
+- *One backward pass a step.* A second training-mode forward before the step or zero_grad() is refused, and a step when a
+  parameter's `.grad` was filled by another backward pass (a regulariser's), which would be lost.
+- *Checkpoints.* One whose account lacks steps that this engine has taken is refused: what is spent stays spent.
 - *Numbers.* max_grad_norm, noise_multiplier, batch size and support are read when a step's first backward pass runs, and the
   same numbers clip, add noise and are charged; the noise's std is noise_multiplier * max_grad_norm * (1 + slack), the slack
   being what floating point may add (`Clipping.sensitivity`). The divisor of the mean is the loader's declared batch size, not
@@ -20,18 +28,30 @@ An Opacus script becomes sparse by changing the import and adding `sparsity=`. W
   torch.manual_seed and a loader's generator reach neither. A `noise_generator` is for tests: epsilons say so.
 - *Bad examples.* One with a NaN or infinite loss or gradient, a label or word out of range, adds nothing, where Opacus' sum
   turns NaN or the script stops. An empty Poisson batch is a step like any other, also the first one.
-- *The model* is proven on made-up examples in the mode in which it runs, again when a mode, dropout rate, hook or device changes
-  and refused when it mixes examples, draws random numbers (dropout) or changes its buffers. Hooks on layers run on made-up
-  examples and micro-batches with rows of zeros below; `.grad` holds nothing until a step. In eval mode or under no_grad the
-  wrapped model is the model.
+- *The model* is proven on made-up examples in the mode in which it runs, again when a mode, hook, device, buffer or attribute
+  of a layer changes (containers, arrays, tensors and objects by what is in them), and refused when it mixes examples, draws
+  random numbers (dropout) or changes its buffers. Hooks on layers run on made-up examples and micro-batches with rows of zeros
+  below; `.grad` holds nothing until a step. In eval mode or under no_grad the wrapped model is the model.
 - *Speed.* Products run on one thread and in micro-batches of one shape, losses one example at a time (some 50 us each).
 - *Refused by name:* `poisson_sampling=False` (Opacus charges it as if it were Poisson), `rand_on_empty=True` (a made-up example
   in place of none costs twice), `clipping="adaptive"`, `batch_first=False`, `wrap_model=False`, accountant gdp; loaders with
   drop_last, a sampler or batch_sampler of their own, or iterable datasets; several devices or ranks; optimisers over some of
   the trainable parameters, LBFGS; parameters replaced, added, frozen or thawed later, not float32, or with hooks; backward
   hooks; Embedding(max_norm); several inputs or outputs, inputs that ask for gradients; autocast, GradScaler, torch.compile
-  around the wrapped model; several forward passes for a step, arguments of backward(); copies and pickles of what is returned
+  around the wrapped model; arguments of backward(); copies and pickles of what is returned
   (state_dicts and checkpoints work). `signal_skip_step` is for Opacus' BatchMemoryManager, which splits one Poisson batch.
+
+Known limits, which are the script's to keep:
+
+- Rows of a drawn batch are counted, not recognised. A script that feeds other rows than those drawn, or the same row twice in
+  place of another, has a sensitivity of as many times the clip norm as an example has copies, and nothing notices.
+- A step that the script leaves out by looking at the batch or its loss is not charged, and that it was left out is not private.
+- Under BatchMemoryManager with num_workers > 0, batches are drawn ahead: up to num_workers * prefetch_factor + 1 steps can be
+  taken on one batch before the next is refused, and a batch that the script skips leaves its ticket to the one after it.
+- The shape of an example is held from the first step on, and the loader's to that of its first row; the shape that the script
+  itself gives to the first batch (its longest example) is taken as public.
+- What a forward pass reads elsewhere than in its layers' attributes (globals, closures, files, clocks) is not compared.
+- The account is kept in this process: a second engine on the same data, or an accountant that the script resets, is not seen.
 
 Examples are one tensor, the first argument of the model, with the batch in front.
 """
