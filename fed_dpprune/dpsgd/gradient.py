@@ -32,7 +32,7 @@ from fed_dpprune.sparsity.support import Support, dense
 
 # Examples of a micro-batch: none is left over in products and element-wise operations at any vector width. Nets that put
 # out little for an example take the larger number, for what a pass costs in itself (benchmarks/NOTES.md). It follows from the
-# net alone: no message and no config key sets it.
+# net and the shape of its inputs: no message and no config key sets it.
 ROWS, ROWS_OF_SMALL, SMALL = 32, 64, 1 << 16
 BACKENDS = ("auto", "reference", "torch", "compiled")
 PRECISIONS = ("float32", "float64", "bfloat16")

@@ -69,6 +69,7 @@ def _descent(config: cfg.Config, terms: RoundTerms, sensitivity: float, nominal_
     )
 
 
+@np.errstate(all="ignore")  # what leaves float32's range goes on as it is; it is noised already
 def train(
     config: cfg.Config,
     terms: RoundTerms,
@@ -95,20 +96,6 @@ def train(
         Local minus global weights on `live.support`, shape (k,); not finite where weights left float32's range.
         Coordinates that no step touched are exactly 0.
     """
-    with np.errstate(all="ignore"):  # what leaves float32's range goes on as it is; it is noised already
-        return _train(config, terms, live, survivors, weights, gradient, share, secrets)
-
-
-def _train(
-    config: cfg.Config,
-    terms: RoundTerms,
-    live: RoundSupport,
-    survivors: Support,
-    weights: NDArray[np.float32],
-    gradient: PrivateGradient,
-    share: Share,
-    secrets: Secrets,
-) -> NDArray[np.float64]:
     clipping = Clipping(terms.clip_norm, config.privacy.clipping)
     wide = survivors if config.sparsity.order == "clip-then-mask" else None
     velocity = np.zeros(live.support.k) if config.client.momentum else None
